@@ -1,0 +1,44 @@
+# Every chore of this repository. `just` alone lists them.
+
+# The environment that holds this `just` (the README's commands put it into .venv), else whatever is on PATH.
+own_bin := parent_directory(just_executable())
+bin := if path_exists(own_bin / "python") == "true" { own_bin + "/" } else { "" }
+python := bin + "python"
+sources := "proteus_cache tests pipelines benchmarks"
+
+_default:
+    @{{ quote(just_executable()) }} --justfile {{ quote(justfile()) }} --list --unsorted
+
+# Format the code and mend what ruff can mend
+fmt:
+    {{ python }} -m ruff format {{ sources }}
+    {{ python }} -m ruff check --fix {{ sources }}
+
+# Check format and style, changing nothing
+lint:
+    {{ python }} -m ruff format --check {{ sources }}
+    {{ python }} -m ruff check {{ sources }}
+
+# Check types, strictly
+types:
+    {{ python }} -m mypy
+
+# Run all tests; arguments go to pytest: `just test -k knn`
+test *args:
+    {{ python }} -m pytest {{ args }}
+
+# What to run before a commit: format, style, types and the tests that are not slow
+check: lint types
+    {{ python }} -m pytest -q -m "not slow"
+
+# Exactly what CI runs: a fresh environment, style, types and the README's test command
+ci:
+    .ci/run
+
+# Run every benchmark (some minutes, best on an idle machine)
+bench:
+    for script in benchmarks/*.py; do echo "== $script"; {{ python }} "$script" || exit 1; done
+
+# The main job, end to end, on 200 small images made here (under three minutes)
+first-run *args:
+    {{ python }} pipelines/first_run.py {{ args }}

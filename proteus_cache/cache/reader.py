@@ -1,0 +1,326 @@
+"""Reading a cache: its manifest, receipts, image list, codes and views. Everything read is checked."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import re
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+import google_crc32c
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from proteus_cache import storage, tar
+from proteus_cache.cache import zarr_arrays
+from proteus_cache.cache.layout import PROBE, CacheLayout, is_view, shard_of_receipt, views_tar, zarr_shard
+from proteus_cache.cache.manifest import Manifest, TargetRecord
+from proteus_cache.cache.receipt import Receipt
+from proteus_cache.cache.writer import rows_of_view
+from proteus_cache.documents import MAX_DOCUMENT_BYTES, digest_of
+from proteus_cache.errors import ChecksumError, FormatError, UsageError
+
+_MAX_BLOB_BYTES = 1 << 30
+_MAX_LIST_BYTES = 4 << 30
+_SHARDS_HELD = 2
+
+
+@dataclass(frozen=True, slots=True)
+class CacheSample:
+    """One stored view with its decoded targets."""
+
+    key: str
+    label: int | None
+    view_index: int
+    view: NDArray[np.uint8]
+    """(H, W, 3) uint8 RGB."""
+    targets: dict[str, NDArray[np.float32]]
+    """`cls` (D,), all others (T, D)."""
+
+
+def is_cache(path: Path) -> bool:
+    """Whether `path` holds a cache's manifest."""
+    return storage.size_of(path / "manifest.json") is not None
+
+
+def open_cache(path: str | Path) -> Cache:
+    """Open a cache for reading.
+
+    Raises:
+        UsageError: there is no cache at `path`; says what is there.
+        DamageError: its manifest is damaged.
+    """
+    layout = CacheLayout(Path(path))
+    if not layout.root.is_dir():
+        raise UsageError(f"{layout.root}: no such folder; give the folder that `proteus-cache extract` wrote")
+    if not is_cache(layout.root):
+        what = "a pack" if (layout.root / "pack.json").exists() else "no cache (it has no manifest.json)"
+        raise UsageError(f"{layout.root}: this is {what}; give the folder that `proteus-cache extract` wrote")
+    data = storage.read_bytes(layout.manifest, MAX_DOCUMENT_BYTES)
+    return Cache(layout, Manifest.parse(data, str(layout.manifest)), digest_of(data))
+
+
+class Cache:
+    """An opened cache. `len()` counts stored views (by view index, then row); the probe never counts."""
+
+    def __init__(self, layout: CacheLayout, manifest: Manifest, manifest_digest: str) -> None:
+        self.layout = layout
+        self.manifest = manifest
+        self.manifest_digest = manifest_digest
+        self._codes = lru_cache(maxsize=_SHARDS_HELD * len(manifest.targets))(self._read_codes)
+        self._members = lru_cache(maxsize=_SHARDS_HELD)(self._list_members)
+
+    @property
+    def path(self) -> Path:
+        """The cache's folder."""
+        return self.layout.root
+
+    @cached_property
+    def image_table(self) -> pa.Table:
+        """Columns key, path, label (null without), probe (bool); row i is array row i.
+
+        Raises:
+            ChecksumError: `images.parquet` is not the frozen list.
+        """
+        data = storage.read_bytes(self.layout.images, _MAX_LIST_BYTES)
+        if hashlib.sha256(data).hexdigest() != self.manifest.images.sha256:
+            raise ChecksumError(f"{self.layout.images}: damaged; it is not the image list of this cache")
+        return pq.read_table(io.BytesIO(data))
+
+    @cached_property
+    def _probe_rows(self) -> NDArray[np.int64]:
+        return np.flatnonzero(self.image_table["probe"].to_numpy()).astype(np.int64)
+
+    def views(self) -> list[str]:
+        """View indices with at least one receipt, ascending; the probe last."""
+        folder = self.layout.root / "receipts"
+        names = [name for name in storage.list_folder(folder) if is_view(name) and self.units(name)]
+        return sorted(names, key=lambda name: (name == PROBE, name))
+
+    def units(self, view: str) -> list[int]:
+        """Shards of one view index that have a receipt."""
+        names = storage.list_folder(self.layout.root / "receipts" / view)
+        return sorted(shard for shard in map(shard_of_receipt, names) if shard is not None)
+
+    def is_complete(self, view: str) -> bool:
+        """Whether every unit of a view index has a receipt."""
+        return len(self.units(view)) == rows_of_view(self.manifest, view)[1]
+
+    def complete_views(self) -> list[str]:
+        """View indices (and the probe) of which every unit is committed."""
+        return [view for view in self.views() if self.is_complete(view)]
+
+    def receipt(self, view: str, shard: int) -> Receipt | None:
+        """The receipt of a unit, or None when it is not committed.
+
+        Raises:
+            DamageError: the receipt is damaged, or belongs to another cache or unit.
+        """
+        path = self.layout.receipt(view, shard)
+        if storage.size_of(path) is None:
+            return None
+        receipt = Receipt.parse(storage.read_bytes(path, MAX_DOCUMENT_BYTES), str(path))
+        if receipt.manifest != self.manifest_digest:
+            raise FormatError(f"{path}: belongs to another cache (its manifest digest is {receipt.manifest[:12]})")
+        rows = self.rows(view, shard)
+        if (receipt.view, receipt.shard, receipt.first_row, receipt.end_row) != (view, shard, rows.start, rows.stop):
+            raise FormatError(f"{path}: is the receipt of another unit ({receipt.view}/{receipt.shard})")
+        self._check_columns(receipt, str(path))
+        return receipt
+
+    def _check_columns(self, receipt: Receipt, what: str) -> None:
+        samples = receipt.samples
+        held = [*samples.rows, *(entry.row for entry in receipt.quarantined)]
+        if sorted(held) != list(range(receipt.first_row, receipt.end_row)):
+            raise FormatError(f"{what}: its rows are not those of the unit")
+        if set(samples.crc32c) != {target.name for target in self.manifest.targets}:
+            raise FormatError(f"{what}: its targets are not those of the cache")
+        if set(receipt.files) != set(self.unit_files(receipt.view, receipt.shard)):
+            raise FormatError(f"{what}: its files are not those of the unit")
+
+    def unit_files(self, view: str, shard: int) -> list[str]:
+        """Relative paths of all files of a unit but its receipt."""
+        arrays = [
+            zarr_shard(view, target.name, shard, 1 + len(target.codec.array_shape)) for target in self.manifest.targets
+        ]
+        return [views_tar(view, shard), *arrays]
+
+    def rows(self, view: str, shard: int) -> range:
+        """Array rows of a unit."""
+        n_rows, n_shards = rows_of_view(self.manifest, view)
+        if not 0 <= shard < n_shards:
+            raise FormatError(f"{self.layout.root}: there is no unit {view}/{shard}")
+        size = self.manifest.shard_size
+        return range(shard * size, min((shard + 1) * size, n_rows))
+
+    def image_row(self, view: str, row: int) -> int:
+        """Row in `image_table` of an array row; they differ for the probe only."""
+        return int(self._probe_rows[row]) if view == PROBE else row
+
+    def target(self, name: str) -> TargetRecord:
+        """The record of one target.
+
+        Raises:
+            UsageError: the cache has no such target.
+        """
+        for target in self.manifest.targets:
+            if target.name == name:
+                return target
+        held = ", ".join(target.name for target in self.manifest.targets)
+        raise UsageError(f"{self.layout.root}: holds no target {name}, only {held}")
+
+    def parameters_blob(self, target: TargetRecord) -> bytes | None:
+        """Fitted parameters of a target's codec, digest checked."""
+        if target.codec.parameters is None:
+            return None
+        path = self.layout.parameters(target.codec.parameters)
+        data = storage.read_bytes(path, _MAX_BLOB_BYTES)
+        if hashlib.sha256(data).hexdigest() != target.codec.parameters:
+            raise ChecksumError(f"{path}: damaged; run `proteus-cache verify {self.layout.root} --read-data`")
+        return data
+
+    def tar_path(self, view: str, shard: int) -> Path:
+        """The tar of a unit's views."""
+        return self.layout.resolve(views_tar(view, shard))
+
+    def read_file(self, receipt: Receipt, relative: str) -> bytes:
+        """One file of a unit, size and SHA-256 checked against its receipt.
+
+        Raises:
+            ChecksumError: they differ.
+        """
+        path = self.layout.resolve(relative)
+        record = receipt.files[relative]
+        found = storage.size_of(path)
+        if found != record.size:
+            state = "missing" if found is None else f"{found:,} bytes long instead of {record.size:,}"
+            raise ChecksumError(f"{path}: {state}; {_redo(self.layout, receipt)}")
+        data = storage.read_bytes(path, record.size)
+        if hashlib.sha256(data).hexdigest() != record.sha256:
+            raise ChecksumError(f"{path}: damaged (SHA-256 differs from the receipt); {_redo(self.layout, receipt)}")
+        return data
+
+    def read_codes(self, view: str, shard: int, target: str) -> NDArray[np.uint8]:
+        """Codes of one target of one unit, all checksums checked: (rows, code_bytes) uint8; zero where quarantined.
+
+        Raises:
+            UsageError: the unit is not committed.
+            DamageError: file, chunk or CRC differ from the receipt.
+        """
+        return self._codes(view, shard, target)
+
+    def _read_codes(self, view: str, shard: int, target_name: str) -> NDArray[np.uint8]:
+        receipt = self._committed(view, shard)
+        target = self.target(target_name)
+        relative = zarr_shard(view, target_name, shard, 1 + len(target.codec.array_shape))
+        rows = self.rows(view, shard)
+        data = self.read_file(receipt, relative)
+        codes = zarr_arrays.read_shard(target, len(rows), self.manifest.shard_size, data, relative)
+        samples = receipt.samples
+        for row, key, crc in zip(samples.rows, samples.keys, samples.crc32c[target_name], strict=True):
+            if google_crc32c.value(codes[row - rows.start]) != crc:
+                raise ChecksumError(f"{relative}: codes of {key} are not those of the receipt")
+        codes.flags.writeable = False
+        return codes
+
+    def _committed(self, view: str, shard: int) -> Receipt:
+        receipt = self.receipt(view, shard)
+        if receipt is None:
+            raise UsageError(f"{self.layout.root}: unit {view}/{shard} is not extracted yet; run extract again")
+        return receipt
+
+    def read_views(self, view: str, shard: int) -> dict[str, tuple[bytes, bytes]]:
+        """Key to (encoded view, sample JSON) of one unit, in row order.
+
+        Raises:
+            DamageError: the tar is damaged, or its members are not those of the receipt.
+        """
+        return self._members(view, shard)
+
+    def _list_members(self, view: str, shard: int) -> dict[str, tuple[bytes, bytes]]:
+        receipt = self._committed(view, shard)
+        relative = views_tar(view, shard)
+        data = self.read_file(receipt, relative)
+        extension = "jpg" if self.manifest.views.view_format == "jpeg" else "png"
+        parts: dict[str, dict[str, bytes]] = {}
+        for member in tar.members(io.BytesIO(data), len(data), relative):
+            parts.setdefault(member.key, {})[member.extension] = data[member.offset : member.offset + member.size]
+        if list(parts) != receipt.samples.keys or any(set(part) != {extension, "json"} for part in parts.values()):
+            raise FormatError(f"{relative}: its members are not those of the receipt")
+        return {key: (part[extension], part["json"]) for key, part in parts.items()}
+
+    def view_id(self, view: str) -> str:
+        """Identity of one view index: SHA-256 over the manifest's digest and those of its receipts, in shard order.
+
+        Raises:
+            UsageError: a unit of it is not committed.
+        """
+        digests = []
+        for shard in range(rows_of_view(self.manifest, view)[1]):
+            self._committed(view, shard)
+            digests.append(digest_of(storage.read_bytes(self.layout.receipt(view, shard), MAX_DOCUMENT_BYTES)))
+        return hashlib.sha256("".join(f"{d}\n" for d in [self.manifest_digest, *digests]).encode()).hexdigest()
+
+    def cache_id(self) -> str:
+        """Identity of all complete view indices: SHA-256 over their view ids; the probe's is not among them."""
+        return combine_view_ids([self.view_id(view) for view in self.complete_views() if view != PROBE])
+
+    @cached_property
+    def _stored(self) -> list[tuple[str, int, int]]:
+        """(view, shard, views stored before) of each committed unit, then the total."""
+        stored, total = [], 0
+        for view in self.views():
+            if view == PROBE:
+                continue
+            for shard in self.units(view):
+                stored.append((view, shard, total))
+                total += len(self._committed(view, shard).samples.rows)
+        return [*stored, ("", 0, total)]
+
+    def __len__(self) -> int:
+        return self._stored[-1][2]
+
+    def __getitem__(self, index: int) -> CacheSample:
+        """Stored view `index`, decoded; negative indices count from the end."""
+        from bisect import bisect_right
+
+        if index < 0:
+            index += len(self)
+        if not 0 <= index < len(self):
+            raise IndexError(f"{self.layout.root}: sample {index} of {len(self)}")
+        starts = [entry[2] for entry in self._stored[:-1]]
+        view, shard, before = self._stored[bisect_right(starts, index) - 1]
+        return self._sample(view, shard, index - before)
+
+    def _sample(self, view: str, shard: int, position: int) -> CacheSample:
+        import torch
+
+        from proteus_cache.codecs import load_codec
+        from proteus_cache.views.encode import decode_view
+
+        samples = self._committed(view, shard).samples
+        row, key = samples.rows[position], samples.keys[position]
+        local = row - self.rows(view, shard).start
+        targets: dict[str, NDArray[np.float32]] = {}
+        for target in self.manifest.targets:
+            codec = load_codec(target.codec, tuple(target.shape), self.parameters_blob(target))
+            codes = torch.from_numpy(self.read_codes(view, shard, target.name)[local].copy())
+            targets[target.name] = codec.decode(codes.unsqueeze(0))[0].numpy()
+        label: Any = self.image_table["label"][self.image_row(view, row)].as_py()
+        pixels = decode_view(self.read_views(view, shard)[key][0], self.manifest.views.size_px)
+        return CacheSample(key, label, int(re.sub(r"\D", "", view)), pixels, targets)
+
+
+def combine_view_ids(view_ids: list[str]) -> str:
+    """SHA-256 over view ids, one a line."""
+    return hashlib.sha256("".join(f"{view_id}\n" for view_id in view_ids).encode()).hexdigest()
+
+
+def _redo(layout: CacheLayout, receipt: Receipt) -> str:
+    path = layout.receipt(receipt.view, receipt.shard)
+    return f"remove {path} and run the same extract again: it redoes this unit only"

@@ -1,0 +1,79 @@
+"""`receipts/VIEW/SHARD.json`: proof that one unit is finished, and the digests of all that belongs to it."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from proteus_cache.documents import Document
+
+_SHA256 = r"^[0-9a-f]{64}$"
+
+
+class FileRecord(Document):
+    """Size in bytes and SHA-256 of one file."""
+
+    size: int = Field(ge=0)
+    sha256: str = Field(pattern=_SHA256)
+
+
+class Quarantined(Document):
+    """One image that cannot become a view."""
+
+    row: int = Field(ge=0)
+    key: str
+    path: str
+    reason: str
+
+
+class Moments(Document):
+    """Statistics of one target over one unit, before the codec."""
+
+    mean: float
+    mean_square: float
+    absmax: float
+
+
+class Samples(Document):
+    """Columns over the stored views of a unit, in row order."""
+
+    rows: list[int]
+    keys: list[str]
+    view_digests: list[str]
+    crc32c: dict[str, list[int]]
+    """Target name to the CRC-32C of each view's codes."""
+
+    @model_validator(mode="after")
+    def _columns_agree(self) -> Self:
+        lengths = {len(self.rows), len(self.keys), len(self.view_digests), *map(len, self.crc32c.values())}
+        if len(lengths) != 1:
+            raise ValueError("columns have different lengths")
+        if any(a >= b for a, b in zip(self.rows, self.rows[1:], strict=False)):
+            raise ValueError("rows do not ascend")
+        return self
+
+
+class Receipt(Document):
+    """One finished unit."""
+
+    format: Literal["proteus-cache/receipt"] = "proteus-cache/receipt"
+    version: Literal[1] = 1
+    manifest: str = Field(pattern=_SHA256)
+    """Digest of the cache's manifest."""
+    view: str = Field(pattern=r"^(v\d{3,5}|probe)$")
+    shard: int = Field(ge=0)
+    first_row: int = Field(ge=0)
+    end_row: int = Field(ge=1)
+    """Array rows of the unit: first_row to end_row - 1."""
+    precision: Literal["fp32", "fp16", "bf16"]
+    """Of the teacher's forward; fp32 where a unit had to be redone."""
+    files: dict[str, FileRecord]
+    """Relative path to the record of every file of the unit."""
+    zarr: dict[str, str]
+    """Relative path to the SHA-256 of every zarr.json above the unit's arrays."""
+    samples: Samples
+    quarantined: list[Quarantined]
+    moments: dict[str, Moments]
+    made_with: dict[str, str]
+    """Versions and device that produced this unit."""

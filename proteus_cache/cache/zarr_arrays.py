@@ -1,0 +1,168 @@
+"""Targets as Zarr v3 arrays: their metadata, and whole shard files to and from bytes.
+
+One Zarr shard file holds one target of one unit; its inner chunks are single views. The metadata come from
+zarr-python. The shard files follow the `sharding_indexed` specification and are laid out here, byte for byte as
+zarr-python would (a test compares them), because a unit is always written and read whole: no copy of the codes is
+made, the writing thread is free for hashing, and damaged input meets a strict reader instead of a general one.
+
+    chunk 0 | CRC-32C | chunk 1 | CRC-32C | ...            chunks: raw rows (uint8), or zstd of them (float)
+    (offset, size) as two u64 for each of the shard's rows, 2^64 - 1 twice where the array has ended
+    CRC-32C of that index
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import google_crc32c
+import numpy as np
+import zarr
+from numcodecs.zstd import Zstd
+from numpy.typing import NDArray
+from zarr.codecs import Crc32cCodec, ZstdCodec
+from zarr.storage import MemoryStore
+
+from proteus_cache.cache.manifest import TargetRecord
+from proteus_cache.errors import ChecksumError, FormatError
+
+_ZSTD_LEVEL = 1
+_EMPTY = np.uint64(2**64 - 1)
+
+
+def group_metadata() -> bytes:
+    """The bytes of a group's zarr.json."""
+    store = MemoryStore()
+    zarr.create_group(store, zarr_format=3)
+    return _stored(store, "zarr.json")
+
+
+def array_metadata(target: TargetRecord, n_rows: int, shard_size: int) -> bytes:
+    """The bytes of the zarr.json of one target's array over `n_rows` rows."""
+    store = MemoryStore()
+    row = tuple(target.codec.array_shape)
+    zarr.create_array(
+        store,
+        shape=(n_rows, *row),
+        shards=(shard_size, *row),
+        chunks=(1, *row),
+        dtype=target.codec.array_dtype,
+        compressors=[ZstdCodec(level=_ZSTD_LEVEL), Crc32cCodec()] if _is_compressed(target) else [Crc32cCodec()],
+        filters=None,
+        fill_value=0,
+        zarr_format=3,
+    )
+    return _stored(store, "zarr.json")
+
+
+def shard_buffers(target: TargetRecord, shard_size: int, codes: NDArray[np.uint8]) -> Iterator[bytes | memoryview]:
+    """The bytes of one Zarr shard file, one buffer after the other.
+
+    Args:
+        target: type, shape and codec.
+        shard_size: rows of a full shard.
+        codes: (rows of this shard, code_bytes) uint8, C order; at most `shard_size` rows.
+    """
+    index = np.full((shard_size, 2), _EMPTY, dtype="<u8")
+    compressor = Zstd(level=_ZSTD_LEVEL) if _is_compressed(target) else None
+    offset = 0
+    for row, code in enumerate(codes):
+        chunk = memoryview(code) if compressor is None else compressor.encode(code)
+        size = len(chunk) + 4
+        index[row] = offset, size
+        offset += size
+        yield chunk
+        yield _crc32c(chunk)
+    tail = index.tobytes()
+    yield tail
+    yield _crc32c(tail)
+
+
+def read_shard(target: TargetRecord, n_rows: int, shard_size: int, data: bytes, what: str) -> NDArray[np.uint8]:
+    """The codes of one Zarr shard file, every checksum checked.
+
+    Args:
+        target: type, shape and codec.
+        n_rows: rows that this shard holds.
+        shard_size: rows of a full shard.
+        data: the file's bytes.
+        what: file name for messages.
+
+    Returns:
+        (n_rows, code_bytes) uint8.
+
+    Raises:
+        ChecksumError: a checksum differs.
+        FormatError: the file is cut short, or a chunk is not where this writer puts it.
+    """
+    index = _read_index(data, shard_size, what)
+    if (index[n_rows:] != _EMPTY).any():
+        raise FormatError(f"{what}: holds rows beyond the {n_rows} that it should")
+    codes = np.empty((n_rows, target.codec.code_bytes), dtype=np.uint8)
+    decompressor = Zstd() if _is_compressed(target) else None
+    expected = 0
+    view = memoryview(data)
+    for row, (offset, size) in enumerate(index[:n_rows].tolist()):
+        if offset != expected or size < 4 or offset + size > len(data):
+            raise FormatError(f"{what}: the view in row {row} is not where the index says")
+        expected += size
+        chunk = view[offset : offset + size - 4]
+        if _crc32c(chunk) != view[offset + size - 4 : offset + size]:
+            raise ChecksumError(f"{what}: the view in row {row} is damaged (CRC-32C differs)")
+        if decompressor is None:
+            if len(chunk) != target.codec.code_bytes:
+                raise FormatError(f"{what}: the view in row {row} has {len(chunk)} bytes of codes")
+            codes[row] = np.frombuffer(chunk, dtype=np.uint8)
+        else:
+            _decompress(decompressor, chunk, codes[row], f"{what}: the view in row {row}")
+    return codes
+
+
+def check_array_metadata(target: TargetRecord, n_rows: int, shard_size: int, metadata: bytes, what: str) -> None:
+    """Compare a zarr.json with the one that the manifest asks for.
+
+    Raises:
+        FormatError: any field differs: another shape, type, codec or format version.
+    """
+    expected = json.loads(array_metadata(target, n_rows, shard_size))
+    try:
+        found = json.loads(metadata)
+    except ValueError as error:
+        raise FormatError(f"{what}: not valid JSON ({error})") from error
+    if found != expected:
+        keys = {*found, *expected} if isinstance(found, dict) else set(expected)
+        differing = sorted(key for key in keys if not isinstance(found, dict) or found.get(key) != expected.get(key))
+        raise FormatError(f"{what}: not the array of this cache (differs in {', '.join(differing)})")
+
+
+def _read_index(data: bytes, shard_size: int, what: str) -> NDArray[np.uint64]:
+    index_bytes = 16 * shard_size
+    if len(data) < index_bytes + 4:
+        raise FormatError(f"{what}: {len(data)} bytes are too few for a shard of {shard_size} rows")
+    index = data[-index_bytes - 4 : -4]
+    if _crc32c(index) != data[-4:]:
+        raise ChecksumError(f"{what}: its index is damaged (CRC-32C differs)")
+    return np.frombuffer(index, dtype="<u8").reshape(shard_size, 2)
+
+
+def _decompress(decompressor: Zstd, chunk: memoryview, out: NDArray[np.uint8], what: str) -> None:
+    """Decode one zstd frame into a buffer of exactly its size; a frame that declares another size is refused."""
+    try:
+        decompressor.decode(bytes(chunk), out)
+    except (RuntimeError, ValueError) as error:
+        raise FormatError(f"{what} cannot be decompressed ({error})") from error
+
+
+def _is_compressed(target: TargetRecord) -> bool:
+    """Floats gain 8 to 17 % from zstd; packed codes nothing."""
+    return target.codec.array_dtype != "uint8"
+
+
+def _crc32c(buffer: Any) -> bytes:
+    """CRC-32C as the four little-endian bytes of the Zarr codec; numpy takes the buffer without a copy."""
+    return int(google_crc32c.value(np.frombuffer(buffer, dtype=np.uint8))).to_bytes(4, "little")
+
+
+def _stored(store: MemoryStore, key: str) -> bytes:
+    return bytes(store._store_dict[key].to_bytes())

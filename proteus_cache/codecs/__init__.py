@@ -1,0 +1,16 @@
+"""Codecs: teacher tokens to packed integers and back, with a stated error.
+
+    codec = fit_codec("int8", tokens)          # once, on calibration views
+    codes = codec.encode(tokens)               # (B, *shape) float -> (B, code_bytes) uint8
+    tokens = codec.decode(codes)               # and back, float32
+
+Codecs are torch modules: torch in, torch out, on the device of their buffers. The codes of one view have one
+fixed size. What must be remembered is a `CodecRecord` and, for fitted codecs, a safetensors blob that it names by
+SHA-256. Codecs know nothing of stores.
+"""
+
+from proteus_cache.codecs.codec import Codec, CodecRecord, codec_for_target, fit_codec, load_codec
+from proteus_cache.codecs.dense import DenseCodec
+from proteus_cache.codecs.scalar import Int8Codec
+
+__all__ = ["Codec", "CodecRecord", "DenseCodec", "Int8Codec", "codec_for_target", "fit_codec", "load_codec"]

@@ -1,0 +1,22 @@
+"""What a store must remember of a codec to read its codes."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from proteus_cache.documents import Document
+
+
+class CodecRecord(Document):
+    """One codec of one target: enough to find its parameters and to lay out its Zarr array."""
+
+    name: Literal["float32", "float16", "int8"]
+    code_bytes: int = Field(gt=0, le=64 << 20)
+    """Bytes of one view's codes."""
+    parameters: str | None = Field(pattern=r"^[0-9a-f]{64}$")
+    """SHA-256 of the fitted parameters, stored as `codec/SHA256.safetensors`; None for codecs without any."""
+    array_dtype: Literal["uint8", "float16", "float32"]
+    array_shape: list[int] = Field(min_length=1, max_length=2)
+    """Type and shape of one row of the Zarr array; its little-endian bytes are the codes."""

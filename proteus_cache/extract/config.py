@@ -1,0 +1,68 @@
+"""Settings of an extraction."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from proteus_cache.errors import ConfigError
+
+DEFAULT_VIEWS = 4
+DEFAULT_TARGETS = ("cls", "patch")
+DEFAULT_CODEC = "int8"
+DEFAULT_SHARD_SIZE = 1024
+DEFAULT_PROBE_IMAGES = 4096
+PROBE_FROM_IMAGES = 16384
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExtractConfig:
+    """One extraction as asked for. None means: what the cache at `out` has, else the default."""
+
+    images: Path
+    """Folder or .txt list."""
+    out: Path
+    """The cache's folder."""
+    home: Path
+    """Where downloaded and converted weights are kept."""
+    teacher: str | None = None
+    weights: str | None = None
+    """A file, or "random:SEED"; None takes the teacher's official weights."""
+    views: int | None = None
+    """View indices 0 to views - 1 are extracted; the default is 4."""
+    targets: tuple[str, ...] | None = None
+    codec: str | None = None
+    augment: str | None = None
+    size_px: int | None = None
+    """The default is the teacher's own."""
+    view_format: str | None = None
+    seed: int | None = None
+    shard_size: int | None = None
+    probe_images: int | None = None
+    """Trained images that get one more view, never trained on; the default is 4,096 from 16,384 images on."""
+    limit: int | None = None
+    """Take this many images of the mixed list; the default is all."""
+    batch_size: int | None = None
+    """Views in one forward of the teacher; the default is 64 on a GPU and 16 on a CPU."""
+    workers: int | None = None
+    """Rendering processes of each extracting process; 0 renders in it. The default follows the usable cores."""
+    precision: str | None = None
+    """fp32, fp16 or bf16; the default is fp16 on a GPU and fp32 on a CPU."""
+    device: str | None = None
+    """For example "cuda" or "cpu"; the default is the best there is."""
+
+    def __post_init__(self) -> None:
+        for name in ("views", "size_px", "shard_size", "limit", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"--{name.replace('_px', '').replace('_', '-')} must be at least 1, got {value}")
+        for name in ("workers", "seed", "probe_images"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise ConfigError(f"--{name.replace('_', '-')} must be at least 0, got {value}")
+        if self.precision not in (None, "fp32", "fp16", "bf16"):
+            raise ConfigError(f"--precision must be fp32, fp16 or bf16, got {self.precision!r}")
+        if self.targets is not None and len(set(self.targets)) != len(self.targets):
+            raise ConfigError(f"--targets names one twice: {','.join(self.targets)}")
+        if self.views is not None and self.views > 10_000:
+            raise ConfigError(f"--views must be at most 10,000, got {self.views}")

@@ -1,0 +1,363 @@
+"""Units through the teacher: rendered batches in, committed units out.
+
+Three stages run side by side with bounded queues between them: rendering in worker processes, the teacher and the
+codecs on the device, and one thread that hashes, writes and commits. Codes go from the device into one of two
+page-locked buffers, each as large as one unit; while one is written the other is filled, so that a process never
+holds more than the views and codes of two units, and the batches that its workers render ahead.
+"""
+
+from __future__ import annotations
+
+import logging
+import platform
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from proteus_cache.cache.layout import PROBE, shard_stem
+from proteus_cache.cache.reader import Cache
+from proteus_cache.cache.receipt import Moments, Quarantined
+from proteus_cache.cache.writer import StoredView, Unit, commit_unit, publish_arrays
+from proteus_cache.codecs.codec import Codec
+from proteus_cache.errors import ProteusCacheError
+from proteus_cache.extract.planning import PlannedCache, decoder_version
+from proteus_cache.extract.rendering import Job, Rendered, render_jobs
+from proteus_cache.teachers.teacher import Precision, Teacher
+from proteus_cache.views.encode import decode_view
+
+logger = logging.getLogger(__name__)
+
+_BUFFERS = 2
+_FLOAT16_MAX = 65504.0
+_QUARANTINE_SHARE = 0.001
+_QUARANTINE_LEAST = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far this process is."""
+
+    views_done: int
+    views_all: int
+    bytes_written: int
+    units_committed: int
+
+
+class _Statistics:
+    """Sums of one target over one unit, kept on the device until the unit ends."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._sums = torch.zeros(3, dtype=torch.float64, device=device)
+        self._count = 0
+
+    def add(self, tokens: Tensor) -> None:
+        flat = tokens.reshape(-1)
+        self._sums[0] += flat.sum()
+        self._sums[1] += torch.dot(flat, flat)
+        self._sums[2] = torch.maximum(self._sums[2], flat.abs().amax())
+        self._count += flat.numel()
+
+    def moments(self) -> Moments:
+        """Waits for the device."""
+        total, squares, absmax = self._sums.tolist()
+        count = max(self._count, 1)
+        return Moments(mean=total / count, mean_square=squares / count, absmax=absmax)
+
+
+@dataclass(slots=True)
+class _OpenUnit:
+    """A unit that is being filled."""
+
+    view: str
+    shard: int
+    rows: range
+    codes: dict[str, Tensor]
+    """Target name to (unit rows, code_bytes) uint8 on the host."""
+    statistics: dict[str, _Statistics]
+    precision: Precision
+    views: list[StoredView] = field(default_factory=list)
+    quarantined: list[Quarantined] = field(default_factory=list)
+    done: torch.cuda.Event | None = None
+
+
+class QuarantineLimit:
+    """How many bad images a cache may have: 0.1 % of its images, at least 10."""
+
+    def __init__(self, n_images: int, already: set[str]) -> None:
+        self.limit = max(_QUARANTINE_LEAST, int(n_images * _QUARANTINE_SHARE))
+        self._keys = set(already)
+
+    def add(self, quarantined: list[Quarantined]) -> None:
+        """Count bad images, each once.
+
+        Raises:
+            ProteusCacheError: there are more than the limit.
+        """
+        for image in quarantined:
+            if image.key not in self._keys:
+                self._keys.add(image.key)
+                logger.warning("quarantined key=%s reason=%s", image.key, image.reason)
+            if len(self._keys) > self.limit:
+                raise ProteusCacheError(
+                    f"{len(self._keys)} images cannot be used, more than the {self.limit} that are let pass; the last: "
+                    f"{image.reason}. Repair or remove them (a new list needs a new cache); finished units are kept"
+                )
+
+
+def units_to_do(cache: Cache, views: list[str]) -> list[tuple[str, int]]:
+    """Units of these view indices without a receipt, in order."""
+    todo = []
+    for view in views:
+        present = set(cache.units(view))
+        todo += [(view, shard) for shard in range(_n_shards(cache, view)) if shard not in present]
+    return todo
+
+
+def _n_shards(cache: Cache, view: str) -> int:
+    return cache.manifest.n_probe_shards if view == PROBE else cache.manifest.n_shards
+
+
+def extract_units(
+    planned: PlannedCache,
+    units: list[tuple[str, int]],
+    *,
+    device: torch.device,
+    precision: Precision,
+    batch_size: int,
+    workers: int,
+    progress: Callable[[Progress], None],
+) -> int:
+    """Extract and commit units; returns how many were committed.
+
+    Raises:
+        ProteusCacheError: as the disk, the images or the teacher say; committed units stay.
+    """
+    if not units:
+        return 0
+    pipeline = _Pipeline(planned, units, device, precision, progress)
+    jobs = _jobs(planned.cache, units, batch_size)
+    rendered = render_jobs(
+        jobs,
+        planned.image_root,
+        planned.spec,
+        workers=workers,
+        batch_size=batch_size,
+        pin=device.type == "cuda" and workers > 0,
+    )
+    return pipeline.run(rendered)
+
+
+def _jobs(cache: Cache, units: list[tuple[str, int]], batch_size: int) -> Iterator[Job]:
+    table = cache.image_table
+    for view, shard in units:
+        rows = list(cache.rows(view, shard))
+        for start in range(0, len(rows), batch_size):
+            part = rows[start : start + batch_size]
+            images = table.take([cache.image_row(view, row) for row in part])
+            yield Job(
+                view=view,
+                shard=shard,
+                rows=part,
+                keys=images["key"].to_pylist(),
+                paths=images["path"].to_pylist(),
+                labels=images["label"].to_pylist(),
+                is_last=start + batch_size >= len(rows),
+            )
+
+
+class _Pipeline:
+    """The device stage and the writing thread of one process."""
+
+    def __init__(
+        self,
+        planned: PlannedCache,
+        units: list[tuple[str, int]],
+        device: torch.device,
+        precision: Precision,
+        progress: Callable[[Progress], None],
+    ) -> None:
+        self.cache = planned.cache
+        self.manifest = planned.cache.manifest
+        self.teacher: Teacher = planned.teacher.to(device, precision)
+        self.codecs: dict[str, Codec] = {name: codec.to(device) for name, codec in planned.codecs.items()}
+        self.device = device
+        self.precision = precision
+        self.progress = progress
+        self.names = [target.name for target in self.manifest.targets]
+        self.made_with = _made_with(device)
+        self.zarr = {
+            view: publish_arrays(self.cache.layout, self.manifest, view) for view in dict.fromkeys(v for v, _ in units)
+        }
+        self.quarantine = QuarantineLimit(self.manifest.images.n_images, _quarantined_keys(self.cache))
+        self.views_all = sum(len(self.cache.rows(*unit)) for unit in units)
+        self.views_done = self.bytes_written = self.committed = 0
+        rows = max(len(self.cache.rows(*unit)) for unit in units)
+        self.free_buffers = [self._new_buffers(rows) for _ in range(min(_BUFFERS, len(units)))]
+        self.writing: list[tuple[_OpenUnit, dict[str, Tensor], Future[Unit | None]]] = []
+
+    def _new_buffers(self, rows: int) -> dict[str, Tensor]:
+        pin = self.device.type == "cuda"
+        return {
+            target.name: torch.zeros(rows, target.codec.code_bytes, dtype=torch.uint8, pin_memory=pin)
+            for target in self.manifest.targets
+        }
+
+    def run(self, rendered: Iterator[Rendered]) -> int:
+        """Take batches in order until there are none, then wait for the last commits."""
+        unit: _OpenUnit | None = None
+        buffers: dict[str, Tensor] = {}
+        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="commit") as writer:
+            for batch in rendered:
+                if unit is None:
+                    buffers = self._take_buffers(writer)
+                    unit = self._open(batch.job, buffers)
+                self._fill(unit, batch)
+                if batch.job.is_last:
+                    self._submit(unit, buffers, writer)
+                    unit = None
+                self._reap(writer, wait=False)
+                self.progress(Progress(self.views_done, self.views_all, self.bytes_written, self.committed))
+            while self.writing:
+                self._reap(writer, wait=True)
+                self.progress(Progress(self.views_done, self.views_all, self.bytes_written, self.committed))
+        return self.committed
+
+    def _take_buffers(self, writer: ThreadPoolExecutor) -> dict[str, Tensor]:
+        while not self.free_buffers:
+            self._reap(writer, wait=True)
+        return self.free_buffers.pop()
+
+    def _open(self, job: Job, buffers: dict[str, Tensor]) -> _OpenUnit:
+        rows = self.cache.rows(job.view, job.shard)
+        return _OpenUnit(
+            view=job.view,
+            shard=job.shard,
+            rows=rows,
+            codes={name: buffer[: len(rows)] for name, buffer in buffers.items()},
+            statistics={name: _Statistics(self.device) for name in self.names},
+            precision=self.precision,
+        )
+
+    def _fill(self, unit: _OpenUnit, batch: Rendered) -> None:
+        """Run the teacher over a batch and start the copy of its codes into the unit's buffer."""
+        self.quarantine.add(batch.quarantined)
+        unit.quarantined += batch.quarantined
+        unit.views += batch.views
+        for image in batch.quarantined:
+            for codes in unit.codes.values():
+                codes[image.row - unit.rows.start].zero_()
+        if batch.views:
+            local = [view.row - unit.rows.start for view in batch.views]
+            self._encode(unit, torch.as_tensor(batch.pixels), local)
+        self.views_done += len(batch.job.rows)
+
+    def _encode(self, unit: _OpenUnit, pixels: Tensor, local_rows: list[int]) -> None:
+        with torch.inference_mode():
+            for name, tokens in self.teacher.targets(pixels, self.names).items():
+                unit.statistics[name].add(tokens)
+                codes = self.codecs[name].encode(tokens)
+                for start, end, first_row in _runs(local_rows):
+                    into = unit.codes[name][first_row : first_row + end - start]
+                    into.copy_(codes[start:end], non_blocking=True)
+
+    def _submit(self, unit: _OpenUnit, buffers: dict[str, Tensor], writer: ThreadPoolExecutor) -> None:
+        if self.device.type == "cuda":
+            unit.done = torch.cuda.Event()
+            unit.done.record()
+        self.writing.append((unit, buffers, writer.submit(self._commit, unit)))
+
+    def _reap(self, writer: ThreadPoolExecutor, wait: bool) -> None:
+        """Take finished commits off the list, raise what they raised, and redo in fp32 what was not finite."""
+        while self.writing and (wait or self.writing[0][2].done()):
+            unit, buffers, future = self.writing.pop(0)
+            committed = future.result()
+            if committed is None:
+                self._redo(unit)
+                self._submit(unit, buffers, writer)
+            else:
+                self.committed += 1
+                self.free_buffers.append(buffers)
+            wait = False
+
+    def _commit(self, unit: _OpenUnit) -> Unit | None:
+        """In the writing thread: wait for the codes, then write. None when they are not finite."""
+        if unit.done is not None:
+            unit.done.synchronize()
+        moments = {name: statistics.moments() for name, statistics in unit.statistics.items()}
+        if not self._are_usable(moments):
+            return None
+        ready = Unit(
+            view=unit.view,
+            shard=unit.shard,
+            first_row=unit.rows.start,
+            end_row=unit.rows.stop,
+            views=unit.views,
+            codes={name: np.asarray(codes.numpy()) for name, codes in unit.codes.items()},
+            quarantined=unit.quarantined,
+            moments=moments,
+            precision=unit.precision,
+            made_with=self.made_with,
+        )
+        receipt = commit_unit(
+            self.cache.layout, self.manifest, self.cache.manifest_digest, self.zarr[unit.view], ready
+        )
+        self.bytes_written += sum(file.size for file in receipt.files.values())
+        logger.info("committed unit=%s/%s views=%d", unit.view, shard_stem(unit.shard), len(unit.views))
+        return ready
+
+    def _are_usable(self, moments: dict[str, Moments]) -> bool:
+        for target in self.manifest.targets:
+            limit = float("inf") if target.codec.name == "float32" else _FLOAT16_MAX
+            values = moments[target.name]
+            if not (values.absmax <= limit and values.absmax != float("inf") and values.mean == values.mean):
+                return False
+        return True
+
+    def _redo(self, unit: _OpenUnit) -> None:
+        """Run a unit again in fp32, from the bytes of its views."""
+        name = f"{unit.view}/{shard_stem(unit.shard)}"
+        if unit.precision == "fp32":
+            raise ProteusCacheError(
+                f"unit {name}: the teacher's outputs are not finite (or beyond 65,504) in fp32 either; "
+                "check the weights, or use --codec float32; finished units are kept"
+            )
+        logger.warning("unit=%s is not finite in precision=%s, redone in fp32", name, unit.precision)
+        unit.precision = "fp32"
+        unit.statistics = {target: _Statistics(self.device) for target in self.names}
+        self.teacher.to(self.device, "fp32")
+        side_px = self.manifest.views.size_px
+        for start in range(0, len(unit.views), 16):
+            part = unit.views[start : start + 16]
+            pixels = torch.stack([torch.from_numpy(decode_view(view.data, side_px).copy()) for view in part])
+            self._encode(unit, pixels, [view.row - unit.rows.start for view in part])
+        self.teacher.to(self.device, self.precision)
+
+
+def _runs(rows: list[int]) -> Iterator[tuple[int, int, int]]:
+    """(start, end, first row) of each run of consecutive rows."""
+    start = 0
+    for position in range(1, len(rows) + 1):
+        if position == len(rows) or rows[position] != rows[position - 1] + 1:
+            yield start, position, rows[start]
+            start = position
+
+
+def _quarantined_keys(cache: Cache) -> set[str]:
+    keys: set[str] = set()
+    for view in cache.views():
+        for shard in cache.units(view):
+            receipt = cache.receipt(view, shard)
+            keys |= {image.key for image in receipt.quarantined} if receipt else set()
+    return keys
+
+
+def _made_with(device: torch.device) -> dict[str, str]:
+    """What may change bits from one unit to the next; names of machines and people are not among it."""
+    import timm
+
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    return {"torch": torch.__version__, "timm": timm.__version__, "decoder": decoder_version(), "device": name}

@@ -1,0 +1,475 @@
+"""Planning: everything that decides what a cache holds, found out once and published as `manifest.json`.
+
+The image list, the teacher's weights, the precision and the codecs' parameters are settled here. Plan files wait
+in `tmp/` under the name of their digest; the manifest is published by `link()`, and whoever loses that race reads the
+winner's. Only then do the plan files that the manifest names move to their places, so that a cut at any moment
+leaves either no cache or one that the next start completes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import logging
+import platform
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from PIL import features
+from torch import Tensor
+
+from proteus_cache import storage
+from proteus_cache.cache.layout import CacheLayout
+from proteus_cache.cache.manifest import ImagesRecord, Manifest, TargetRecord, TeacherRecord, ViewsRecord
+from proteus_cache.cache.reader import Cache, is_cache, open_cache
+from proteus_cache.codecs.codec import Codec, codec_for_target, load_codec, make_dense_or_fit
+from proteus_cache.errors import BadImageError, FormatError, ProteusCacheError, UsageError
+from proteus_cache.extract.config import (
+    DEFAULT_CODEC,
+    DEFAULT_PROBE_IMAGES,
+    DEFAULT_SHARD_SIZE,
+    DEFAULT_TARGETS,
+    PROBE_FROM_IMAGES,
+    ExtractConfig,
+)
+from proteus_cache.images import draw_order, list_images
+from proteus_cache.teachers.registry import load_teacher
+from proteus_cache.teachers.teacher import Precision, Teacher
+from proteus_cache.views.make import make_view
+from proteus_cache.views.spec import ViewSpec
+
+logger = logging.getLogger(__name__)
+
+_CALIBRATION_IMAGES = 64
+_HELD_OUT_SHARE = 0.01
+_HELD_OUT_FROM_SHARDS = 10
+_FLOAT16_MAX = 65504.0
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """What the planning batch showed."""
+
+    tokens: dict[str, Tensor]
+    """Target to (n, *shape) float32 on the CPU."""
+    precision: Precision
+    view_bytes: float
+    """Mean size of an encoded view."""
+    views_per_s: float
+    """Of the teacher's forward on this device."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedCache:
+    """A cache that units can be extracted into."""
+
+    cache: Cache
+    teacher: Teacher
+    spec: ViewSpec
+    codecs: dict[str, Codec]
+    image_root: Path
+    is_new: bool
+    view_bytes: float | None
+    """Mean bytes of an encoded view, as measured; None when this start only continues a cache."""
+    views_per_s: float | None
+    """The teacher's rate on the planning batch; None likewise."""
+
+
+def plan_cache(config: ExtractConfig) -> PlannedCache:
+    """Read the plan at `config.out`, or make and publish it.
+
+    Raises:
+        UsageError: the folder holds something else or a cache with other settings, or a setting cannot be had.
+        WeightsError: the teacher's weights cannot be had, or are not those of the cache.
+        ProteusCacheError: no image can be read, or the teacher's outputs are not finite.
+    """
+    layout = CacheLayout(config.out)
+    existing = _existing(layout)
+    teacher = _load_teacher(config, existing)
+    image_root = config.images if config.images.is_dir() else config.images.parent
+    if existing is None:
+        calibration = _publish_plan(config, layout, teacher)
+    else:
+        calibration = None
+    _finish_plan(layout)
+    cache = open_cache(layout.root)
+    _check_settings(config, cache.manifest, teacher)
+    _check_image_root(cache, image_root, config.images)
+    codecs = {
+        target.name: load_codec(target.codec, tuple(target.shape), cache.parameters_blob(target))
+        for target in cache.manifest.targets
+    }
+    return PlannedCache(
+        cache=cache,
+        teacher=teacher,
+        spec=_spec_of(cache.manifest),
+        codecs=codecs,
+        image_root=image_root,
+        is_new=existing is None,
+        view_bytes=calibration.view_bytes if calibration else None,
+        views_per_s=calibration.views_per_s if calibration else None,
+    )
+
+
+def best_device(asked: str | None) -> torch.device:
+    """The device asked for, else this process's GPU, else the CPU.
+
+    Raises:
+        UsageError: there is no such device.
+    """
+    import os
+
+    if asked is None:
+        asked = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(asked)
+    except RuntimeError as error:
+        raise UsageError(f"--device {asked!r} is not a device; try cuda, cuda:1 or cpu") from error
+    if device.type not in ("cuda", "cpu"):
+        raise UsageError(f"--device {asked!r}: only cuda and cpu are supported")
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise UsageError(f"--device {asked}: torch {torch.__version__} sees no GPU here; try --device cpu")
+        index = device.index if device.index is not None else int(os.environ.get("LOCAL_RANK", "0"))
+        if index >= torch.cuda.device_count():
+            raise UsageError(f"--device cuda:{index}: there are {torch.cuda.device_count()} GPUs")
+        device = torch.device("cuda", index)
+    return device
+
+
+def _existing(layout: CacheLayout) -> Manifest | None:
+    """The manifest that is there, or None for a folder that a cache may be made in."""
+    if not layout.root.exists():
+        return None
+    if not layout.root.is_dir():
+        raise UsageError(f"{layout.root}: is a file; give --out another name")
+    if is_cache(layout.root):
+        return open_cache(layout.root).manifest
+    foreign = [name for name in storage.list_folder(layout.root) if name not in ("tmp", "codec")]
+    if foreign:
+        raise UsageError(
+            f"{layout.root}: holds something that is not a cache ({foreign[0]!r}); give --out another folder, "
+            "nothing was written"
+        )
+    return None
+
+
+def _load_teacher(config: ExtractConfig, existing: Manifest | None) -> Teacher:
+    name = config.teacher or (existing.teacher.name if existing else None)
+    if name is None:
+        raise UsageError("no teacher: say which with --teacher, for example --teacher dinov2_vitg14")
+    weights = config.weights
+    if weights is None and existing is not None and existing.teacher.weights_source.startswith("random:"):
+        weights = existing.teacher.weights_source
+    size_px = config.size_px or (existing.teacher.size_px if existing else None)
+    return load_teacher(name, weights=weights, home=config.home, size_px=size_px)
+
+
+def _publish_plan(config: ExtractConfig, layout: CacheLayout, teacher: Teacher) -> Calibration:
+    """Make the plan and publish it; another process may have been faster, which is as good."""
+    started = time.monotonic()
+    table, classes = _image_table(config)
+    storage.make_folder(layout.temporary)
+    target_names = config.targets or DEFAULT_TARGETS
+    for name in target_names:
+        teacher.target_shape(name)
+    codec = config.codec or DEFAULT_CODEC
+    codec_names = {name: codec_for_target(codec, name) for name in target_names}
+    spec = ViewSpec(
+        augment=config.augment or "deit",  # type: ignore[arg-type]  # checked by ViewSpec
+        size_px=teacher.identity.size_px,
+        view_format=config.view_format or "jpeg",  # type: ignore[arg-type]  # likewise
+        seed=config.seed or 0,
+        mean=teacher.identity.mean,
+        std=teacher.identity.std,
+    )
+    root = config.images if config.images.is_dir() else config.images.parent
+    calibration = _calibrate(config, teacher, spec, root, table, target_names)
+    codecs = {
+        name: make_dense_or_fit(codec_names[name], teacher.target_shape(name), calibration.tokens[name])
+        for name in target_names
+    }
+    list_bytes = _parquet(table)
+    plan_files = {f"{hashlib.sha256(list_bytes).hexdigest()}.parquet": list_bytes}
+    for fitted in codecs.values():
+        blob = fitted.parameters_blob()
+        if blob is not None:
+            plan_files[f"{hashlib.sha256(blob).hexdigest()}.safetensors"] = blob
+    for name, data in plan_files.items():
+        _place_plan_file(layout, name, data)
+    shard_size = config.shard_size or DEFAULT_SHARD_SIZE
+    manifest = Manifest(
+        teacher=_teacher_record(teacher, calibration.precision),
+        images=ImagesRecord(
+            n_images=len(table),
+            sha256=hashlib.sha256(list_bytes).hexdigest(),
+            classes=list(classes) if classes is not None else None,
+            n_probe=int(np.count_nonzero(table["probe"].to_numpy())),
+            held_out=_held_out(len(table), shard_size, spec.seed),
+        ),
+        views=_views_record(spec),
+        targets=[
+            TargetRecord(name=name, shape=list(teacher.target_shape(name)), codec=codecs[name].record())
+            for name in target_names
+        ],
+        shard_size=shard_size,
+        libraries=libraries(),
+        licences={
+            "teacher": teacher.identity.licence,
+            "images": "as granted to whoever extracts; views show them and may not be shared further than they may",
+        },
+    )
+    temp, _ = storage.write_durable(layout.temporary, "manifest.json", lambda: manifest.sealed())
+    won = storage.publish_once(temp, layout.manifest)
+    logger.info(
+        "planned cache=%s images=%d seconds=%.1f%s",
+        layout.root,
+        len(table),
+        time.monotonic() - started,
+        "" if won else " (another process published first)",
+    )
+    return calibration
+
+
+def _image_table(config: ExtractConfig) -> tuple[pa.Table, tuple[str, ...] | None]:
+    """The mixed image list with its probe column, and the class names."""
+    listing = list_images(config.images)
+    order = draw_order(listing.table["key"], config.seed or 0)
+    if config.limit is not None:
+        order = order[: config.limit]
+    table = listing.table.take(pa.array(order))
+    n_images = len(table)
+    shard_size = config.shard_size or DEFAULT_SHARD_SIZE
+    n_probe = config.probe_images
+    if n_probe is None:
+        n_probe = DEFAULT_PROBE_IMAGES if n_images >= PROBE_FROM_IMAGES else 0
+    trained = np.ones(n_images, dtype=bool)
+    for shard in _held_out(n_images, shard_size, config.seed or 0):
+        trained[shard * shard_size : (shard + 1) * shard_size] = False
+    candidates = np.flatnonzero(trained)
+    if n_probe > len(candidates):
+        raise UsageError(f"--probe-images {n_probe}: only {len(candidates)} images are trained on; ask for fewer")
+    probe = np.zeros(n_images, dtype=bool)
+    probe[candidates[:n_probe]] = True  # the list is mixed already, so its first rows are a random choice
+    return table.append_column("probe", pa.array(probe)), listing.classes
+
+
+def _held_out(n_images: int, shard_size: int, seed: int) -> list[int]:
+    """One shard in a hundred, chosen by seed; at least one from 10 shards on, none below."""
+    n_shards = -(-n_images // shard_size)
+    if n_shards < _HELD_OUT_FROM_SHARDS:
+        return []
+    order = draw_order([f"shard-{shard}" for shard in range(n_shards)], seed)
+    return sorted(int(shard) for shard in order[: max(1, round(n_shards * _HELD_OUT_SHARE))])
+
+
+def _calibrate(
+    config: ExtractConfig, teacher: Teacher, spec: ViewSpec, root: Path, table: pa.Table, names: tuple[str, ...]
+) -> Calibration:
+    """Run the teacher over the first views: their size, its speed and precision, and tokens to fit codecs to."""
+    device = best_device(config.device)
+    pixels, view_bytes = _first_views(root, table, spec)
+    for precision in _precisions(config, device):
+        teacher.to(device, precision)
+        tokens, views_per_s = _timed_targets(teacher, pixels, names)
+        if _are_usable(tokens, codec_for_target(config.codec or DEFAULT_CODEC, "patch")):
+            return Calibration(tokens, precision, view_bytes, views_per_s)
+        logger.warning("teacher=%s outputs are not finite in precision=%s", teacher.identity.name, precision)
+    raise ProteusCacheError(
+        f"{teacher.identity.name}: its outputs on the planning batch are not finite (or beyond 65,504, which only "
+        "--codec float32 stores), in fp32 too; check --weights"
+    )
+
+
+def _precisions(config: ExtractConfig, device: torch.device) -> tuple[Precision, ...]:
+    if config.precision is not None:
+        return (config.precision,)  # type: ignore[return-value]  # checked by ExtractConfig
+    return ("fp16", "bf16", "fp32") if device.type == "cuda" else ("fp32",)
+
+
+def _first_views(root: Path, table: pa.Table, spec: ViewSpec) -> tuple[Tensor, float]:
+    """Up to 64 views of the first images: (n, H, W, 3) uint8, and their mean encoded size."""
+    pixels, sizes = [], []
+    failed: Exception | None = None
+    for row in table.slice(0, _CALIBRATION_IMAGES).to_pylist():
+        try:
+            view = make_view(root / row["path"], row["path"], row["key"], row["label"], "v000", spec)
+        except BadImageError as error:
+            failed = error
+            continue
+        pixels.append(torch.from_numpy(view.pixels))
+        sizes.append(len(view.data) + len(view.sample_json))
+    if not pixels:
+        raise ProteusCacheError(f"none of the first {len(table.slice(0, _CALIBRATION_IMAGES))} images can be read: {failed}")
+    return torch.stack(pixels), sum(sizes) / len(sizes)
+
+
+def _timed_targets(teacher: Teacher, pixels: Tensor, names: tuple[str, ...]) -> tuple[dict[str, Tensor], float]:
+    """Targets of all pixels on the CPU, and views/s of the forwards but the first, which warms up."""
+    batches = pixels.split(16)
+    parts: list[dict[str, Tensor]] = []
+    seconds = 0.0
+    for number, batch in enumerate(batches):
+        started = time.monotonic()
+        parts.append({name: value.float().cpu() for name, value in teacher.targets(batch, names).items()})
+        seconds += time.monotonic() - started if number or len(batches) == 1 else 0.0
+    timed = len(pixels) - (len(batches[0]) if len(batches) > 1 else 0)
+    return {name: torch.cat([part[name] for part in parts]) for name in names}, timed / max(seconds, 1e-9)
+
+
+def _are_usable(tokens: dict[str, Tensor], codec: str) -> bool:
+    limit = torch.finfo(torch.float32).max if codec == "float32" else _FLOAT16_MAX
+    return all(bool(values.abs().amax() <= limit) for values in tokens.values())
+
+
+def _place_plan_file(layout: CacheLayout, name: str, data: bytes) -> None:
+    final = layout.temporary / f"plan-{name}"
+    if storage.size_of(final) is None:
+        temp, _ = storage.write_durable(layout.temporary, final.name, lambda: data)
+        storage.publish(temp, final)
+
+
+def _finish_plan(layout: CacheLayout) -> None:
+    """Move the plan files that the manifest names to their places; done by every start, any of which may be cut."""
+    manifest = open_cache(layout.root).manifest
+    moves = {f"plan-{manifest.images.sha256}.parquet": layout.images}
+    for target in manifest.targets:
+        if target.codec.parameters is not None:
+            moves[f"plan-{target.codec.parameters}.safetensors"] = layout.parameters(target.codec.parameters)
+    for name, final in moves.items():
+        if storage.size_of(final) is not None:
+            continue
+        storage.make_folder(final.parent)
+        if storage.size_of(layout.temporary / name) is None and storage.size_of(final) is None:
+            raise FormatError(
+                f"{final}: missing, and no copy is left of it; copy it back, or extract into a new folder"
+            )
+        with suppress(ProteusCacheError):  # another process may have moved it in this moment
+            storage.publish(layout.temporary / name, final)
+        if storage.size_of(final) is None:
+            raise FormatError(f"{final}: missing; run the same command again")
+    storage.make_folder(layout.temporary)
+
+
+def _check_settings(config: ExtractConfig, manifest: Manifest, teacher: Teacher) -> None:
+    """Refuse to continue a cache with settings that it was not made with, naming the first that differs."""
+    codecs = {target.name: target.codec.name for target in manifest.targets}
+    asked_codecs = {name: codec_for_target(config.codec, name) for name in codecs} if config.codec else None
+    asked: list[tuple[str, Any, Any]] = [
+        ("--teacher", config.teacher, manifest.teacher.name),
+        ("--size", config.size_px, manifest.views.size_px),
+        ("--weights", teacher.identity.weights_sha256, manifest.teacher.weights_sha256),
+        ("--targets", list(config.targets) if config.targets else None, list(codecs)),
+        ("--codec", asked_codecs, codecs),
+        ("--augment", config.augment, manifest.views.augment),
+        ("--view-format", config.view_format, manifest.views.view_format),
+        ("--seed", config.seed, manifest.views.seed),
+        ("--shard-size", config.shard_size, manifest.shard_size),
+        ("--probe-images", config.probe_images, manifest.images.n_probe),
+    ]
+    for flag, wanted, found in asked:
+        if wanted is not None and wanted != found:
+            raise UsageError(
+                f"{config.out}: this cache was made with other settings: {flag} is {_short(found)} there and "
+                f"{_short(wanted)} here; leave {flag} out to continue it, or give --out another folder"
+            )
+    if config.limit is not None and config.limit != manifest.images.n_images:
+        n_listed = len(list_images(config.images).table)
+        if min(config.limit, n_listed) != manifest.images.n_images:
+            raise UsageError(
+                f"{config.out}: this cache has {manifest.images.n_images} images and --limit {config.limit} was "
+                "asked for; leave --limit out to continue it, or give --out another folder"
+            )
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {codec}" for name, codec in value.items())
+    if isinstance(value, list):
+        return ",".join(map(str, value))
+    return f"{value[:12]}... (digest)" if isinstance(value, str) and len(value) == 64 else str(value)
+
+
+def _check_image_root(cache: Cache, root: Path, source: Path) -> None:
+    """The folder given must hold at least one of the cache's first images."""
+    first = cache.image_table["path"].slice(0, 16).to_pylist()
+    if not any((root / path).is_file() for path in first):
+        raise UsageError(f"{source}: holds none of this cache's images (for example {first[0]}); give the folder that does")
+
+
+def _spec_of(manifest: Manifest) -> ViewSpec:
+    views = manifest.views
+    return ViewSpec(
+        augment=views.augment,
+        size_px=views.size_px,
+        view_format=views.view_format,
+        seed=views.seed,
+        mean=(views.mean[0], views.mean[1], views.mean[2]),
+        std=(views.std[0], views.std[1], views.std[2]),
+    )
+
+
+def _views_record(spec: ViewSpec) -> ViewsRecord:
+    is_jpeg = spec.view_format == "jpeg"
+    return ViewsRecord(
+        augment=spec.augment,
+        size_px=spec.size_px,
+        view_format=spec.view_format,
+        jpeg_quality=95 if is_jpeg else None,
+        jpeg_subsampling="4:4:4" if is_jpeg else None,
+        seed=spec.seed,
+        mean=list(spec.mean),
+        std=list(spec.std),
+        decoder=decoder_version(),
+    )
+
+
+def _teacher_record(teacher: Teacher, precision: Precision) -> TeacherRecord:
+    identity = teacher.identity
+    return TeacherRecord(
+        name=identity.name,
+        implementation=identity.implementation,
+        architecture=dict(identity.architecture),
+        weights_source=identity.weights_source,
+        weights_sha256=identity.weights_sha256,
+        licence=identity.licence,
+        size_px=identity.size_px,
+        patch_px=identity.patch_px,
+        width=identity.width,
+        depth=identity.depth,
+        n_register_tokens=identity.n_register_tokens,
+        mean=list(identity.mean),
+        std=list(identity.std),
+        precision=precision,
+    )
+
+
+def _parquet(table: pa.Table) -> bytes:
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, compression="zstd", write_statistics=False)
+    return buffer.getvalue()
+
+
+def decoder_version() -> str:
+    """The library that turns stored bytes into pixels here."""
+    import PIL
+
+    return f"Pillow {PIL.__version__}, libjpeg-turbo {features.version('jpg')}"
+
+
+def libraries() -> dict[str, str]:
+    """Versions that may change bits."""
+    from importlib.metadata import version
+
+    from proteus_cache import __version__
+
+    names = ("torch", "torchvision", "timm", "numpy", "pillow", "zarr", "numcodecs")
+    ours = {"python": platform.python_version(), "proteus-cache": __version__}
+    return ours | {name: version(name) for name in names}

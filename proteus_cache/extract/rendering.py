@@ -1,0 +1,143 @@
+"""Views in worker processes: a job in, a batch of finished views out.
+
+Jobs carry all that a worker needs, so that no worker holds the image list. A bad image becomes a `Quarantined`
+entry; an I/O error is never one: it ends the run, naming the file.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import shutil
+import signal
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader, Dataset
+
+from proteus_cache.cache.receipt import Quarantined
+from proteus_cache.cache.writer import StoredView
+from proteus_cache.errors import BadImageError
+from proteus_cache.processes import follow_parent
+from proteus_cache.views.make import make_view
+from proteus_cache.views.spec import ViewSpec
+
+_PREFETCH = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """Images of one unit that go through the teacher together."""
+
+    view: str
+    shard: int
+    rows: list[int]
+    keys: list[str]
+    paths: list[str]
+    labels: list[int | None]
+    is_last: bool
+    """Whether the unit ends with this job."""
+
+
+@dataclass(slots=True)
+class Rendered:
+    """The views of one job, in row order; bad images are left out of `views` and `pixels`."""
+
+    job: Job
+    views: list[StoredView]
+    pixels: torch.Tensor | NDArray[np.uint8]
+    """(n, H, W, 3) uint8, decoded from the stored bytes; an array only between processes that share no memory."""
+    quarantined: list[Quarantined]
+
+    def pin_memory(self) -> Rendered:
+        """Page-lock the pixels; the loader's pinning thread calls this."""
+        self.pixels = torch.as_tensor(self.pixels).pin_memory()
+        return self
+
+
+class RenderDataset(Dataset[Rendered]):
+    """Map-style by job: the sampler hands out jobs instead of numbers."""
+
+    def __init__(self, root: Path, spec: ViewSpec, share_memory: bool) -> None:
+        self.root = root
+        self.spec = spec
+        self.share_memory = share_memory
+
+    def __getitem__(self, job: Job) -> Rendered:
+        views: list[StoredView] = []
+        quarantined: list[Quarantined] = []
+        side = self.spec.size_px
+        pixels = np.empty((len(job.rows), side, side, 3), dtype=np.uint8)
+        for row, key, path, label in zip(job.rows, job.keys, job.paths, job.labels, strict=True):
+            try:
+                view = make_view(self.root / path, path, key, label, job.view, self.spec)
+            except BadImageError as error:
+                quarantined.append(Quarantined(row=row, key=key, path=path, reason=str(error)))
+                continue
+            pixels[len(views)] = view.pixels
+            views.append(
+                StoredView(row=row, key=key, data=view.data, digest=view.digest, sample_json=view.sample_json)
+            )
+        made = pixels[: len(views)]
+        return Rendered(job, views, torch.from_numpy(made) if self.share_memory else made, quarantined)
+
+
+def render_jobs(
+    jobs: Iterable[Job], root: Path, spec: ViewSpec, *, workers: int, batch_size: int, pin: bool
+) -> Iterator[Rendered]:
+    """Render jobs in order, in `workers` processes ahead of the consumer (0: here, on demand).
+
+    Args:
+        jobs: taken lazily; at most `2 * workers` are under way.
+        root: the folder that paths are relative to.
+        spec: of the cache's views.
+        workers: rendering processes.
+        batch_size: images in a full job; decides whether pixels may travel through /dev/shm (else a pipe).
+        pin: page-lock the pixels for asynchronous copies to a GPU.
+
+    Raises:
+        StorageError: an image file cannot be read.
+    """
+    share_memory = _shared_memory_suffices(workers * _PREFETCH * batch_size * spec.size_px**2 * 3)
+    dataset = RenderDataset(root, spec, share_memory)
+    if workers == 0:
+        yield from map(dataset.__getitem__, jobs)
+        return
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    loader: DataLoader[Rendered] = DataLoader(
+        dataset,
+        batch_size=None,
+        sampler=jobs,  # type: ignore[arg-type]  # any iterable serves; torch asks for a Sampler of ints
+        num_workers=workers,
+        prefetch_factor=_PREFETCH,
+        multiprocessing_context=context,
+        worker_init_fn=_start_worker,
+        collate_fn=_keep,
+        pin_memory=pin,
+    )
+    yield from loader
+
+
+def default_workers(cores: int, processes: int) -> int:
+    """Rendering processes for each of `processes` extracting ones on a machine with `cores` usable cores."""
+    return max(1, cores // processes - (1 if cores // processes > 4 else 0))
+
+
+def _start_worker(_: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the parent decides
+    follow_parent()
+    torch.set_num_threads(1)
+
+
+def _keep(rendered: Rendered) -> Rendered:
+    return rendered
+
+
+def _shared_memory_suffices(needed_bytes: int, folder: str = "/dev/shm") -> bool:
+    """Whether worker batches fit into the shared-memory file system with room to spare."""
+    return os.path.isdir(folder) and shutil.disk_usage(folder).free > 2 * needed_bytes

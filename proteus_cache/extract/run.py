@@ -1,0 +1,149 @@
+"""One extraction from start to end, in this process or in several."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from proteus_cache import storage
+from proteus_cache.cache.layout import PROBE, view_name
+from proteus_cache.cache.reader import Cache
+from proteus_cache.extract.config import DEFAULT_VIEWS, ExtractConfig
+from proteus_cache.extract.pipeline import Progress, extract_units, units_to_do
+from proteus_cache.extract.planning import PlannedCache, best_device
+from proteus_cache.extract.rendering import default_workers
+from proteus_cache.plan import ExtractPlan
+from proteus_cache.processes import Worker, usable_cores
+from proteus_cache.teachers.teacher import Precision
+
+logger = logging.getLogger(__name__)
+_TYPICAL_VIEW_BYTES = 36_000
+
+
+@dataclass(frozen=True, slots=True)
+class ExtractResult:
+    """What one process did, and how the cache stands."""
+
+    units_committed: int
+    units_left: int
+    """Units that other processes still have to do, or 0."""
+    views: int
+    """Stored views of the cache, the probe not counted."""
+    quarantined: int
+    seconds: float
+
+
+def wanted_views(config: ExtractConfig, cache: Cache) -> list[str]:
+    """View indices that this start should complete, and the probe where there is one.
+
+    Without `--views` a cache keeps the number it has reached, at least four.
+    """
+    present = [view for view in cache.views() if view != PROBE]
+    count = config.views or max(DEFAULT_VIEWS, len(present))
+    probe = [PROBE] if cache.manifest.images.n_probe else []
+    return [view_name(index) for index in range(count)] + probe
+
+
+def describe_plan(config: ExtractConfig, planned: PlannedCache, processes: int) -> ExtractPlan:
+    """What is about to be written, how large it is, and whether it fits."""
+    cache = planned.cache
+    manifest = cache.manifest
+    views = wanted_views(config, cache)
+    todo = units_to_do(cache, views)
+    free = storage.free_space(cache.path)
+    return ExtractPlan(
+        out=cache.path,
+        teacher=manifest.teacher.name,
+        weights=manifest.teacher.weights_source,
+        n_images=manifest.images.n_images,
+        n_views=len([view for view in views if view != PROBE]),
+        n_probe=manifest.images.n_probe,
+        n_held_out=len(manifest.images.held_out),
+        n_shards=manifest.n_shards,
+        targets={target.name: (tuple(target.shape), target.codec.name) for target in manifest.targets},
+        code_bytes=manifest.bytes_per_view,
+        view_bytes=planned.view_bytes or _stored_view_bytes(cache) or _TYPICAL_VIEW_BYTES,
+        units_todo=len(todo),
+        units_all=sum(manifest.n_probe_shards if view == PROBE else manifest.n_shards for view in views),
+        views_todo=sum(len(cache.rows(*unit)) for unit in todo),
+        files_per_unit=2 + len(manifest.targets),
+        free_bytes=free.bytes,
+        free_inodes=free.inodes,
+        views_per_s=planned.views_per_s,
+        processes=processes,
+    )
+
+
+def _stored_view_bytes(cache: Cache) -> float | None:
+    """Mean bytes of a stored view with its document, from the first unit there is."""
+    for view in cache.views():
+        for shard in cache.units(view)[:1]:
+            receipt = cache.receipt(view, shard)
+            if receipt is not None and receipt.samples.rows:
+                return receipt.files[f"views/{view}/s{shard:05d}.tar"].size / len(receipt.samples.rows)
+    return None
+
+
+def extract(
+    config: ExtractConfig, planned: PlannedCache, worker: Worker, progress: Callable[[Progress], None]
+) -> ExtractResult:
+    """Extract this worker's share of what is missing.
+
+    Units are dealt by their number, so workers need not talk to each other; a unit that two of them do is
+    committed once.
+
+    Raises:
+        ProteusCacheError: as `extract_units`; what was committed stays.
+    """
+    started = time.monotonic()
+    cache = planned.cache
+    views = wanted_views(config, cache)
+    device = best_device(config.device)
+    todo = [unit for unit in units_to_do(cache, views) if _number(cache, unit) % worker.count == worker.index]
+    cores = usable_cores()
+    committed = extract_units(
+        planned,
+        todo,
+        device=device,
+        precision=_precision(config, planned, device),
+        batch_size=config.batch_size or (64 if device.type == "cuda" else 16),
+        workers=config.workers if config.workers is not None else default_workers(cores, worker.count),
+        progress=progress,
+    )
+    left = units_to_do(cache, views)
+    if not left:
+        _empty(cache.layout.temporary)
+    receipts = [cache.receipt(view, shard) for view in cache.views() if view != PROBE for shard in cache.units(view)]
+    return ExtractResult(
+        units_committed=committed,
+        units_left=len(left),
+        views=sum(len(receipt.samples.rows) for receipt in receipts if receipt),
+        quarantined=len({image.key for receipt in receipts if receipt for image in receipt.quarantined}),
+        seconds=time.monotonic() - started,
+    )
+
+
+def _number(cache: Cache, unit: tuple[str, int]) -> int:
+    """A number for every unit that does not depend on which are done."""
+    view, shard = unit
+    return shard if view == PROBE else int(view[1:]) * cache.manifest.n_shards + shard
+
+
+def _precision(config: ExtractConfig, planned: PlannedCache, device: torch.device) -> Precision:
+    if config.precision is not None:
+        return config.precision  # type: ignore[return-value]  # checked by ExtractConfig
+    return planned.cache.manifest.teacher.precision if device.type == "cuda" else "fp32"
+
+
+def _empty(folder: Path) -> None:
+    """Remove what killed runs left unfinished."""
+    for name in storage.list_folder(folder):
+        with suppress(OSError):
+            (folder / name).unlink()
+            logger.info("removed unfinished file=%s", name)

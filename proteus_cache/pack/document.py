@@ -1,0 +1,113 @@
+"""`pack.json`: what a pack is, where it comes from, and the size and digest of every file in it. Written last."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from proteus_cache.cache.layout import is_view
+from proteus_cache.cache.manifest import TeacherRecord, ViewsRecord
+from proteus_cache.cache.receipt import FileRecord
+from proteus_cache.codecs.record import CodecRecord
+from proteus_cache.documents import Document
+
+FORMAT = "proteus-cache/pack"
+VERSION = 1
+_SHA256 = r"^[0-9a-f]{64}$"
+
+
+class CacheIdentity(Document):
+    """The cache that a pack was made from."""
+
+    manifest: str = Field(pattern=_SHA256)
+    """Digest of its manifest."""
+    cache_id: str = Field(pattern=_SHA256)
+    """Of all view indices that were complete when the pack was made."""
+    view_ids: dict[str, str]
+    """Of each packed view index, the probe among them."""
+
+
+class PackTarget(Document):
+    """One target in the codes of a sample."""
+
+    name: str = Field(pattern=r"^(cls|patch|block\.\d{1,3}(\.raw)?)$")
+    shape: list[int] = Field(min_length=1, max_length=2)
+    codec: CodecRecord
+    offset: int = Field(ge=0)
+    """First byte in the codes of a sample; `codec.code_bytes` follow."""
+
+
+class PackTar(Document):
+    """One tar: its size, digest, and number of samples."""
+
+    size: int = Field(ge=1024)
+    sha256: str = Field(pattern=_SHA256)
+    n_samples: int = Field(ge=0)
+
+
+class PackView(Document):
+    """One view index, or the probe."""
+
+    index: FileRecord
+    n_samples: int = Field(ge=0)
+    tars: list[PackTar] = Field(min_length=1)
+    """By shard, from 0."""
+
+    @model_validator(mode="after")
+    def _numbers_agree(self) -> Self:
+        if self.n_samples != sum(tar.n_samples for tar in self.tars):
+            raise ValueError("n_samples is not the sum over the tars")
+        if self.index.size != 64 * (1 + self.n_samples):
+            raise ValueError("the index is not as long as its samples ask for")
+        return self
+
+
+class PackDocument(Document):
+    """The whole description of a pack."""
+
+    format: Literal["proteus-cache/pack"] = FORMAT
+    version: Literal[1] = VERSION
+    cache: CacheIdentity
+    teacher: TeacherRecord
+    views: ViewsRecord
+    targets: list[PackTarget] = Field(min_length=1)
+    """In the order of their codes."""
+    code_bytes: int = Field(ge=1, lt=1 << 30)
+    """Of one sample, all targets."""
+    shard_size: int = Field(ge=1)
+    n_images: int = Field(ge=1)
+    classes: list[str] | None
+    held_out: list[int]
+    """Tars that training never draws from."""
+    packed: dict[str, PackView] = Field(min_length=1)
+    """View index ("v000", ..., "probe") to its files."""
+    licences: dict[str, str]
+
+    @model_validator(mode="after")
+    def _layout_agrees(self) -> Self:
+        offset = 0
+        for target in self.targets:
+            if target.offset != offset:
+                raise ValueError(f"the codes of target {target.name} do not follow those before")
+            offset += target.codec.code_bytes
+        if offset != self.code_bytes:
+            raise ValueError("code_bytes is not the sum over the targets")
+        if len({target.name for target in self.targets}) != len(self.targets):
+            raise ValueError("a target occurs twice")
+        return self
+
+    @model_validator(mode="after")
+    def _views_agree(self) -> Self:
+        if not all(is_view(view) for view in self.packed) or set(self.packed) != set(self.cache.view_ids):
+            raise ValueError("the packed views are not views, or not those of the identity")
+        n_tars = math.ceil(self.n_images / self.shard_size)
+        for view, entry in self.packed.items():
+            if view != "probe" and len(entry.tars) != n_tars:
+                raise ValueError(f"{view} has {len(entry.tars)} tars instead of {n_tars}")
+            if any(tar.n_samples > self.shard_size for tar in entry.tars):
+                raise ValueError(f"a tar of {view} has more samples than a shard")
+        if any(not 0 <= tar < n_tars for tar in self.held_out):
+            raise ValueError("a held-out tar does not exist")
+        return self

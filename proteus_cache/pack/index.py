@@ -1,0 +1,157 @@
+"""The index of one view index of a pack: a 64-byte header and one fixed 64-byte record for every stored view.
+
+Records are in the order of the tars and, inside a tar, of its members; so record numbers ascend with image rows.
+Both header and records end with the CRC-32C of their other bytes. The file is mapped, never loaded.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import struct
+from pathlib import Path
+
+import google_crc32c
+import numpy as np
+from numpy.typing import NDArray
+
+from proteus_cache.errors import ChecksumError, FormatError, StorageError
+from proteus_cache.tar import BLOCK
+
+RECORD_BYTES = 64
+RECORD = np.dtype(
+    [
+        ("tar", "<u4"),
+        ("row", "<u4"),
+        ("codes_offset", "<u8"),
+        ("view_offset", "<u8"),
+        ("json_offset", "<u8"),
+        ("codes_size", "<u4"),
+        ("view_size", "<u4"),
+        ("json_size", "<u4"),
+        ("codes_crc32c", "<u4"),
+        ("view_crc32c", "<u4"),
+        ("json_crc32c", "<u4"),
+        ("label", "<u4"),
+        ("record_crc32c", "<u4"),
+    ]
+)
+NO_LABEL = 0xFFFFFFFF
+PROBE_NUMBER = 0xFFFFFFFF
+MAX_VIEW_BYTES = 64 << 20
+MAX_JSON_BYTES = 1 << 20
+_MAGIC = b"PROTEUSX"
+_VERSION = 1
+_HEADER = struct.Struct("<8sIIQIII24x")
+
+Records = NDArray[np.void]
+"""(n,) of dtype RECORD."""
+
+
+def crc32c(data: bytes | NDArray[np.uint8]) -> int:
+    """CRC-32C of bytes or of a contiguous uint8 array, which is not copied."""
+    return int(google_crc32c.value(data))
+
+
+def seal_records(records: Records) -> Records:
+    """A copy of `records` with the last field of each set to the CRC-32C of the others."""
+    sealed = records.copy()
+    data = sealed.tobytes()
+    starts = range(0, len(data), RECORD_BYTES)
+    sealed["record_crc32c"] = [google_crc32c.value(data[start : start + RECORD_BYTES - 4]) for start in starts]
+    return sealed
+
+
+def index_header(view_index: int | None, n_records: int, n_tars: int, code_bytes: int) -> bytes:
+    """The first 64 bytes of an index file; `view_index` None means the probe."""
+    number = PROBE_NUMBER if view_index is None else view_index
+    head = _HEADER.pack(_MAGIC, _VERSION, RECORD_BYTES, n_records, number, n_tars, code_bytes)
+    return head + struct.pack("<I", google_crc32c.value(head))
+
+
+class Index:
+    """A mapped index file."""
+
+    def __init__(self, path: Path, view_index: int | None, n_records: int, n_tars: int, code_bytes: int) -> None:
+        """
+        Args:
+            path: of the `.idx` file.
+            view_index: as pack.json says, like the numbers that follow; None for the probe.
+            n_records: stored views.
+            n_tars: tars of this view index.
+            code_bytes: of every view.
+
+        Raises:
+            FormatError: the file's length or header is not the expected one.
+            StorageError: it cannot be opened.
+        """
+        self.path = path
+        self.n_records = n_records
+        self._code_bytes = code_bytes
+        self._n_tars = n_tars
+        data = _map(path, RECORD_BYTES * (1 + n_records))
+        if data[:RECORD_BYTES] != index_header(view_index, n_records, n_tars, code_bytes):
+            raise FormatError(f"{path}: its header is not the one of this pack; {REMEDY}")
+        self._records = np.frombuffer(data, dtype=RECORD, offset=RECORD_BYTES)
+
+    def read(self, numbers: NDArray[np.int64]) -> Records:
+        """Checked copies of the records with these numbers.
+
+        Raises:
+            IndexError: a number is out of range.
+            ChecksumError: a record is damaged.
+            FormatError: a record describes members that no packer writes.
+        """
+        if numbers.size and not (0 <= numbers.min() and numbers.max() < self.n_records):
+            raise IndexError(f"{self.path}: holds records 0 to {self.n_records - 1}")
+        records = self._records[numbers]
+        data = records.tobytes()
+        value = google_crc32c.value
+        end = RECORD_BYTES - 4
+        for place, stored in enumerate(records["record_crc32c"].tolist()):
+            start = RECORD_BYTES * place
+            if value(data[start : start + end]) != stored:
+                raise ChecksumError(f"{self.path}: record {numbers[place]} is damaged (CRC-32C differs); {REMEDY}")
+        self._check(records, numbers)
+        return records
+
+    def read_all(self) -> Records:
+        """All records, unchecked: for verify, which checks them one by one."""
+        return self._records
+
+    def _check(self, records: Records, numbers: NDArray[np.int64]) -> None:
+        good = (
+            (records["tar"] < self._n_tars)
+            & (records["codes_offset"] >= BLOCK)
+            & (records["codes_size"] == self._code_bytes)
+            & (records["view_offset"] == _next_data(records["codes_offset"], records["codes_size"]))
+            & (records["view_size"] <= MAX_VIEW_BYTES)
+            & (records["json_offset"] == _next_data(records["view_offset"], records["view_size"]))
+            & (records["json_size"] <= MAX_JSON_BYTES)
+        )
+        if not good.all():
+            raise FormatError(f"{self.path}: record {numbers[int(np.argmin(good))]} has impossible numbers; {REMEDY}")
+
+
+REMEDY = "remove this pack and run `proteus-cache pack` again"
+
+
+def _next_data(offset: NDArray[np.uint64], size: NDArray[np.uint32]) -> NDArray[np.uint64]:
+    """Where the data of the next member starts: after whole blocks and one header."""
+    blocks = (size.astype(np.uint64) + np.uint64(BLOCK - 1)) // np.uint64(BLOCK)
+    return offset + (blocks + np.uint64(1)) * np.uint64(BLOCK)
+
+
+def _map(path: Path, expected: int) -> mmap.mmap:
+    """The file as a read-only map of exactly `expected` bytes."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        try:
+            size = os.fstat(descriptor).st_size
+            if size != expected:
+                raise FormatError(f"{path}: {size:,} bytes instead of {expected:,}; {REMEDY}")
+            return mmap.mmap(descriptor, size, prot=mmap.PROT_READ)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise StorageError(f"{path}: cannot open the index: {error.strerror or error}") from error

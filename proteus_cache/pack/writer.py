@@ -1,0 +1,73 @@
+"""The bytes of a pack: tars, index records, indices. Equal samples give equal bytes, wherever and whenever."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import google_crc32c
+import numpy as np
+from numpy.typing import NDArray
+
+from proteus_cache import tar
+from proteus_cache.pack.index import NO_LABEL, RECORD, Records, crc32c, index_header, seal_records
+
+
+@dataclass(frozen=True, slots=True)
+class PackedSample:
+    """One sample on its way into a tar."""
+
+    key: str
+    row: int
+    """In the image list."""
+    label: int | None
+    view: bytes
+    """Encoded."""
+    json: bytes
+    """The sealed sample document."""
+    codes: Sequence[NDArray[np.uint8]]
+    """The codes of every target, (code_bytes,) each, in the pack's order."""
+
+
+def tar_buffers(samples: Sequence[PackedSample], extension: str) -> Iterator[bytes | NDArray[np.uint8]]:
+    """The bytes of a tar, one buffer after the other.
+
+    Args:
+        samples: in row order.
+        extension: of the views, "jpg" or "png".
+    """
+    for sample in samples:
+        code_bytes = sum(code.size for code in sample.codes)
+        yield tar.header(f"{sample.key}.codes", code_bytes)
+        yield from sample.codes
+        yield tar.padding(code_bytes)
+        for suffix, data in ((extension, sample.view), ("json", sample.json)):
+            yield tar.header(f"{sample.key}.{suffix}", len(data))
+            yield data
+            yield tar.padding(len(data))
+    yield tar.END
+
+
+def make_records(samples: Sequence[PackedSample], number: int) -> Records:
+    """The index records of the samples of tar `number`, where `tar_buffers` puts them."""
+    records = np.zeros(len(samples), dtype=RECORD)
+    offset = 0
+    for record, sample in zip(records, samples, strict=True):
+        checksum = 0
+        for code in sample.codes:
+            checksum = google_crc32c.extend(checksum, code)
+        sizes = sum(code.size for code in sample.codes), len(sample.view), len(sample.json)
+        checksums = checksum, crc32c(sample.view), crc32c(sample.json)
+        record["tar"], record["row"] = number, sample.row
+        record["label"] = NO_LABEL if sample.label is None else sample.label
+        for name, size, crc in zip(("codes", "view", "json"), sizes, checksums, strict=True):
+            record[f"{name}_offset"], record[f"{name}_size"], record[f"{name}_crc32c"] = offset + tar.BLOCK, size, crc
+            offset += tar.BLOCK + tar.padded(size)
+    return seal_records(records)
+
+
+def index_buffers(view_index: int | None, code_bytes: int, tars: Sequence[Records]) -> Iterator[bytes]:
+    """The bytes of an index file; `tars` holds the records of every tar, from 0; `view_index` None is the probe."""
+    yield index_header(view_index, sum(records.size for records in tars), len(tars), code_bytes)
+    for records in tars:
+        yield records.tobytes()

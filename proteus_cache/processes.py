@@ -1,0 +1,170 @@
+"""Processes of one run: who this one is, how many cores it may use, and ending when its parent is gone.
+
+A run is one process, or several that a launcher (torchrun, `accelerate launch`, a SLURM array) or `start_ranks`
+started. Nothing here needs torch.
+"""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+_POLL_S = 0.5
+_GRACE_S = 20.0
+
+
+@dataclass(frozen=True, slots=True)
+class Worker:
+    """This process among those of one run."""
+
+    index: int
+    count: int
+
+
+def worker_from_environment() -> Worker | None:
+    """The place that a launcher gave this process, or None outside a launcher.
+
+    Read in this order: RANK and WORLD_SIZE (torchrun, accelerate), SLURM_ARRAY_TASK_ID (counted from
+    SLURM_ARRAY_TASK_MIN) and SLURM_ARRAY_TASK_COUNT, SLURM_PROCID and SLURM_NTASKS (only inside `srun`).
+    """
+    environment = os.environ
+    if "RANK" in environment and "WORLD_SIZE" in environment:
+        return _worker(environment["RANK"], environment["WORLD_SIZE"])
+    if "SLURM_ARRAY_TASK_ID" in environment and "SLURM_ARRAY_TASK_COUNT" in environment:
+        first = int(environment.get("SLURM_ARRAY_TASK_MIN", "0"))
+        return _worker(int(environment["SLURM_ARRAY_TASK_ID"]) - first, environment["SLURM_ARRAY_TASK_COUNT"])
+    if "SLURM_STEP_ID" in environment and int(environment.get("SLURM_NTASKS", "1")) > 1:
+        return _worker(environment["SLURM_PROCID"], environment["SLURM_NTASKS"])
+    return None
+
+
+def _worker(index: str | int, count: str | int) -> Worker:
+    from proteus_cache.errors import UsageError
+
+    worker = Worker(int(index), int(count))
+    if not 0 <= worker.index < worker.count:
+        raise UsageError(f"the launcher says worker {worker.index} of {worker.count}: the index must be below the count")
+    return worker
+
+
+def usable_cores() -> int:
+    """Cores that this process may really use: its affinity, cut by the container's CPU quota; at least 1."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(cores, _quota_cores()))
+
+
+def _quota_cores(root: Path = Path("/sys/fs/cgroup")) -> int:
+    """Cores of the cgroup quota (v2, then v1), rounded up; a large number without one."""
+    try:
+        quota, period = (root / "cpu.max").read_text().split()
+        return 1 << 16 if quota == "max" else math.ceil(int(quota) / int(period))
+    except (OSError, ValueError):
+        pass
+    try:
+        quota = (root / "cpu" / "cpu.cfs_quota_us").read_text()
+        period = (root / "cpu" / "cpu.cfs_period_us").read_text()
+        return 1 << 16 if int(quota) <= 0 else math.ceil(int(quota) / int(period))
+    except (OSError, ValueError):
+        return 1 << 16
+
+
+def follow_parent() -> None:
+    """End this process at once when the process that started it is gone, SIGKILL included.
+
+    Works for children of `multiprocessing` with any start method, and for plain children (a change of the parent's
+    number is then looked for twice a second). Call it first thing in a worker or rank.
+    """
+    parent = multiprocessing.parent_process()
+    started_by = os.getppid()
+
+    def watch() -> None:
+        if parent is not None:
+            multiprocessing.connection.wait([parent.sentinel])
+        else:
+            while os.getppid() == started_by:
+                time.sleep(_POLL_S)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="follow-parent", daemon=True).start()
+
+
+def free_port() -> int:
+    """A TCP port on the loopback interface that was free a moment ago."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+    return port
+
+
+def start_ranks(count: int, target: Callable[..., None], *args: object) -> int:
+    """Run `target(*args)` in `count` fresh processes with the environment that torchrun would give them.
+
+    SIGINT and SIGTERM are passed on once; when one rank fails the others are told to stop, and killed when they
+    have not ended after 20 s. `target` must be importable and its arguments picklable (they never leave this machine).
+
+    Returns:
+        0, or the exit status of the first rank that failed.
+    """
+    context = multiprocessing.get_context("spawn")
+    port = free_port()
+    ranks = [
+        context.Process(target=_run_rank, args=(rank, count, port, target, args), name=f"rank-{rank}")
+        for rank in range(count)
+    ]
+    interrupted = threading.Event()
+    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in previous:
+        signal.signal(number, lambda *_: interrupted.set())
+    try:
+        for rank in ranks:
+            rank.start()
+        return _wait(ranks, interrupted)
+    finally:
+        for rank in ranks:
+            if rank.is_alive():
+                rank.kill()
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _run_rank(rank: int, count: int, port: int, target: Callable[..., None], args: tuple[object, ...]) -> None:
+    follow_parent()
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(count),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    target(*args)
+
+
+def _wait(ranks: list[multiprocessing.context.SpawnProcess], interrupted: threading.Event) -> int:
+    """Wait for all ranks; stop the others once one failed or the user interrupted."""
+    failed: int | None = None
+    deadline: float | None = None
+    while running := [rank for rank in ranks if rank.is_alive()]:
+        multiprocessing.connection.wait([rank.sentinel for rank in running], timeout=_POLL_S)
+        codes = [rank.exitcode for rank in ranks if rank.exitcode]
+        if failed is None and codes:
+            failed = codes[0]
+        if deadline is None and (failed is not None or interrupted.is_set()):
+            deadline = time.monotonic() + _GRACE_S
+            for rank in running:
+                if rank.is_alive():
+                    rank.terminate()
+        if deadline is not None and time.monotonic() > deadline:
+            for rank in running:
+                rank.kill()
+    codes = [rank.exitcode for rank in ranks if rank.exitcode]
+    return failed if failed is not None else (codes[0] if codes else 0)

@@ -1,0 +1,318 @@
+"""Weights on disk: local files, official downloads, their digest, and what to say when they do not fit.
+
+A `.pth` is read by torch's restricted unpickler only (a pickle that asks for code is refused) and converted
+once to `HOME/weights/SHA256-OF-THE-FILE.safetensors`; from then on nothing is unpickled. A converted file
+carries the digest of its tensors and is checked against it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import pickle
+import urllib.error
+import urllib.request
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeAlias
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from proteus_cache import storage
+from proteus_cache.errors import ChecksumError, UsageError, WeightsError
+
+Progress: TypeAlias = Callable[[int, int | None], None]
+"""Called with bytes done and bytes in all (None where the server does not say)."""
+Fit: TypeAlias = Callable[[dict[str, Tensor]], dict[str, Tensor]]
+"""Raw tensors of a file -> the tensors that a model takes, all names and shapes checked, or WeightsError."""
+
+_log = logging.getLogger(__name__)
+_PICKLES = (".pth", ".pt", ".bin")
+_DIGEST_KEY = "proteus_cache_state_sha256"
+_DOWNLOAD_BYTES = 1 << 20
+_TIMEOUT_S = 60.0
+_SAFETENSORS_DTYPE = {
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float64: "F64",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class RandomWeights:
+    """`--weights random:SEED`."""
+
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedWeights:
+    """Tensors that fit a model, and where they came from."""
+
+    state: dict[str, Tensor]
+    """float32 CPU tensors; they may be mapped from the file."""
+    sha256: str
+    """`state_digest` of `state`."""
+    metadata: dict[str, str]
+    """Of a safetensors file; empty for others."""
+
+
+def parse_weights(text: str) -> RandomWeights | Path:
+    """Read a `--weights` value.
+
+    Raises:
+        UsageError: `random:` without a whole number below 2**64.
+    """
+    kind, colon, rest = text.partition(":")
+    if kind == "random" and colon:
+        if not (rest.isascii() and rest.isdigit() and int(rest) < 2**64):
+            raise UsageError(
+                f"--weights {text}: the seed must be a whole number from 0, for example random:0"
+            )
+        return RandomWeights(int(rest))
+    return Path(text).expanduser()
+
+
+def state_digest(state: Mapping[str, Tensor]) -> str:
+    """SHA-256 (64 hex digits) over names, dtypes, shapes and bytes of the tensors, in order of name."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].detach().cpu()
+        digest.update(f"{name}\0{str(tensor.dtype).removeprefix('torch.')}\0{tuple(tensor.shape)}\0".encode())
+        digest.update(_bytes_of(tensor))
+    return digest.hexdigest()
+
+
+def load_weights(path: Path, home: Path, fit: Fit) -> LoadedWeights:
+    """Read a local weights file into the tensors of a model.
+
+    Args:
+        path: `.safetensors`, or `.pth` / `.pt` / `.bin`, which is converted once.
+        home: the folder `PROTEUS_HOME`; converted files go to `home/weights`.
+        fit: maps and checks the names.
+
+    Raises:
+        WeightsError: no such file, another kind of file, a pickle with code, or weights of another model.
+        ChecksumError: a converted file is not what was written.
+    """
+    if not path.is_file():
+        raise WeightsError(f"{path}: no such weights file; pass a .safetensors or .pth file, or random:SEED")
+    if path.suffix == ".safetensors":
+        return _load_safetensors(path, fit)
+    if path.suffix not in _PICKLES:
+        raise WeightsError(f"{path}: not a weights file by its name; pass a .safetensors or .pth file")
+    _, source = storage.sha256_of(path)
+    converted = home / "weights" / f"{source}.safetensors"
+    if not converted.is_file():
+        return _convert(path, converted, fit)
+    _log.info("reading weights converted=%s of=%s", converted, path.name)
+    return _load_safetensors(converted, fit)
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The metadata of a safetensors file.
+
+    Raises:
+        WeightsError: no such file, or not a safetensors file.
+    """
+    if not path.is_file():
+        raise WeightsError(f"{path}: no such weights file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return dict(file.metadata() or {})
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(f"{path}: not a readable safetensors file ({error})") from error
+
+
+def fit_state(
+    state: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], what: str, hint: str
+) -> dict[str, Tensor]:
+    """Check names, shapes and types, and return contiguous float32 tensors.
+
+    Args:
+        state: tensors under the model's names.
+        shapes: what the model takes.
+        what: the model, for the message.
+        hint: which model the tensors look like, or empty.
+
+    Raises:
+        WeightsError: the first missing, unexpected and mis-shaped names.
+    """
+    problems = []
+    if missing := sorted(shapes.keys() - state.keys()):
+        problems.append(f"missing {_first(missing)}")
+    if unexpected := sorted(state.keys() - shapes.keys()):
+        problems.append(f"unexpected {_first(unexpected)}")
+    for name in sorted(shapes.keys() & state.keys()):
+        if tuple(state[name].shape) != shapes[name]:
+            problems.append(f"{name} is {tuple(state[name].shape)} instead of {shapes[name]}")
+            break
+    if problems:
+        raise WeightsError(
+            f"these weights are not of {what}: {'; '.join(problems)}{f'; {hint}' if hint else ''}"
+        )
+    for name in sorted(shapes):
+        if state[name].dtype not in _SAFETENSORS_DTYPE or state[name].layout != torch.strided:
+            raise WeightsError(
+                f"tensor {name} is {state[name].dtype} ({state[name].layout}), not plain floating point"
+            )
+    return {name: state[name].to(torch.float32).contiguous() for name in shapes}
+
+
+def _first(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+
+
+def _load_safetensors(path: Path, fit: Fit) -> LoadedWeights:
+    metadata = read_metadata(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            raw = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(f"{path}: not a readable safetensors file ({error})") from error
+    state = _fitted(raw, path, fit)
+    sha256 = state_digest(state)
+    if metadata.get(_DIGEST_KEY, sha256) != sha256:
+        raise ChecksumError(
+            f"{path}: damaged (its tensors are not those that were written); remove it and run again"
+        )
+    return LoadedWeights(state, sha256, metadata)
+
+
+def _fitted(raw: dict[str, Tensor], path: Path, fit: Fit) -> dict[str, Tensor]:
+    try:
+        return fit(raw)
+    except WeightsError as error:
+        raise WeightsError(f"{path}: {error}") from error
+
+
+def _convert(path: Path, converted: Path, fit: Fit) -> LoadedWeights:
+    """Unpickle `path` under restrictions, write what fits as `converted`, and return it."""
+    state = _fitted(_unpickle(path), path, fit)
+    sha256 = state_digest(state)
+    storage.make_folder(converted.parent)
+    temp = converted.parent / storage.temp_name(converted.name)
+    storage.write_new(temp, _safetensors_chunks(state, {_DIGEST_KEY: sha256}))
+    storage.publish(temp, converted)
+    _log.info("converted weights from=%s to=%s", path, converted)
+    return LoadedWeights(state, sha256, {})
+
+
+def _unpickle(path: Path) -> dict[str, Tensor]:
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        raise WeightsError(
+            f"{path}: refused, its pickle holds something other than plain tensors (possibly code to run): "
+            f"{_wanted(error)}; use the official file, or convert it to safetensors where you trust it"
+        ) from error
+    except (
+        RuntimeError,
+        EOFError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        IndexError,
+        OSError,
+    ) as error:
+        raise WeightsError(f"{path}: not a readable PyTorch weights file ({_line(error)})") from error
+    if not isinstance(loaded, dict) or not all(isinstance(name, str) for name in loaded):
+        raise WeightsError(f"{path}: holds a {type(loaded).__name__}, not a state dict (name -> tensor)")
+    other = sorted(name for name, value in loaded.items() if not isinstance(value, Tensor))
+    if other:
+        raise WeightsError(
+            f"{path}: not a plain state dict: {other[0]!r} is no tensor; save the backbone's state dict alone"
+        )
+    return {name: value.detach() for name, value in loaded.items()}
+
+
+def _wanted(error: pickle.UnpicklingError) -> str:
+    """The one line of torch's long message that names what the pickle asked for."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    named = [line for line in lines if "Unsupported" in line or "GLOBAL" in line or "Trying to" in line]
+    return (named or lines)[0].rstrip(".")[:200]
+
+
+def _line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def _safetensors_chunks(
+    state: Mapping[str, Tensor], metadata: Mapping[str, str]
+) -> Iterator[bytes | memoryview]:
+    """A safetensors file piece by piece, so that no second copy of the weights is held."""
+    header: dict[str, object] = {"__metadata__": dict(metadata)}
+    offset = 0
+    for name in sorted(state):
+        tensor = state[name]
+        end = offset + math.prod(tensor.shape) * tensor.element_size()
+        header[name] = {
+            "dtype": _SAFETENSORS_DTYPE[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    text = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little") + text
+    for name in sorted(state):
+        yield _bytes_of(state[name])
+
+
+def download(url: str, final: Path, fit: Fit, progress: Progress | None) -> Path:
+    """Fetch a `.pth` once, convert it, and publish it as the safetensors file `final`; returns `final`.
+
+    The download is streamed to a temporary file beside `final`, synced, read under restrictions and removed.
+
+    Raises:
+        WeightsError: the network or server does not give it, or it is not what the URL promises.
+    """
+    if final.is_file():
+        return final
+    storage.make_folder(final.parent)
+    temp = final.parent / f"{storage.temp_name(final.stem)}.pth"
+    try:
+        written = storage.write_new(temp, _stream(url, final, progress))
+        _log.info("downloaded url=%s bytes=%d sha256=%s", url, written.size, written.sha256)
+        _convert(temp, final, fit)
+    finally:
+        storage.remove(temp)
+    return final
+
+
+def _stream(url: str, final: Path, progress: Progress | None) -> Iterator[bytes]:
+    try:
+        with urllib.request.urlopen(url, timeout=_TIMEOUT_S) as answer:
+            promised = answer.headers.get("Content-Length")
+            total = int(promised) if promised else None
+            done = 0
+            while chunk := answer.read(_DOWNLOAD_BYTES):
+                done += len(chunk)
+                if progress is not None:
+                    progress(done, total)
+                yield chunk
+    except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
+        reason = getattr(error, "reason", None) or error
+        raise WeightsError(_no_download(url, final, str(reason))) from error
+    if total is not None and done != total:
+        raise WeightsError(_no_download(url, final, f"it ended after {done:,} of {total:,} bytes"))
+
+
+def _no_download(url: str, final: Path, reason: str) -> str:
+    name = final.stem.removesuffix("_pretrain").replace("_reg4", "_reg")
+    return (
+        f"cannot download {url} ({reason}); run `proteus-cache fetch {name}` on a connected machine that "
+        f"shares this PROTEUS_HOME (it writes {final}), or pass --weights FILE"
+    )

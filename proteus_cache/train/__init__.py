@@ -1,0 +1,1 @@
+"""Stage 2: a pack becomes a student. Config, schedule, masks, checkpoints and the loop that joins them."""

@@ -1,0 +1,188 @@
+"""Checkpoints: `RUN/checkpoints/step-00000004/`, whole or not there.
+
+    model.safetensors        student, mask token and heads
+    ema.safetensors          average of the student
+    optimizer.safetensors    AdamW's moments and step counts, by parameter name
+    state.json               sealed, written last: the step, what the run is, size and SHA-256 of every file
+
+A checkpoint is written into a folder of its own, synced, renamed, its state read back, and only then are older ones
+removed. No pickle. A folder whose state or files do not verify is never loaded: the one before it is, with a warning.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from torch import Tensor
+
+from proteus_cache import storage
+from proteus_cache.documents import Document
+from proteus_cache.errors import ChecksumError, DamageError, FormatError, StorageError
+from proteus_cache.train.tensors import read_tensors, tensor_chunks
+
+log = logging.getLogger(__name__)
+
+_NAME = re.compile(r"step-(\d{8})\Z")
+_TEMPORARY = "tmp-"
+_STATE = "state.json"
+_MAX_STATE_BYTES = 1 << 20
+TENSOR_FILES = ("model.safetensors", "ema.safetensors", "optimizer.safetensors")
+
+
+class CheckpointFile(Document):
+    """One file of a checkpoint."""
+
+    size: int
+    sha256: str
+
+
+class CheckpointState(Document):
+    """What `state.json` says."""
+
+    format: Literal["proteus-cache/checkpoint"] = "proteus-cache/checkpoint"
+    version: Literal[1] = 1
+    step: int
+    """Steps done."""
+    config: dict[str, str | int | float | bool | None]
+    """`TrainConfig.identity()`."""
+    cache_id: str
+    pack_digest: str
+    precision: str
+    world_size: int
+    scaler: dict[str, float | int] | None
+    """State of fp16 loss scaling."""
+    files: dict[str, CheckpointFile]
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A checkpoint that verified, in memory."""
+
+    path: Path
+    state: CheckpointState
+    model: dict[str, Tensor]
+    ema: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+
+
+def checkpoint_steps(folder: Path) -> list[int]:
+    """Steps that have a checkpoint folder, ascending; nothing is verified."""
+    return sorted(int(match[1]) for name in storage.list_folder(folder) if (match := _NAME.match(name)))
+
+
+def write_checkpoint(
+    folder: Path, state: CheckpointState, tensors: Mapping[str, Mapping[str, Tensor]], *, keep: int
+) -> Path:
+    """Write one checkpoint durably and remove the oldest above `keep`.
+
+    Args:
+        folder: `RUN/checkpoints`, made when missing.
+        state: all but `files`, which is filled in here.
+        tensors: file name (`TENSOR_FILES`) -> its tensors.
+        keep: checkpoints to keep, this one included.
+
+    Returns:
+        The checkpoint's folder. An older folder of the same step is replaced.
+
+    Raises:
+        StorageError: it could not be written; older checkpoints are as they were.
+    """
+    storage.make_folder(folder)
+    final = folder / f"step-{state.step:08d}"
+    temp = folder / (_TEMPORARY + storage.temp_name(final.name))
+    storage.make_folder(temp)
+    try:
+        files = {name: _write(temp, name, tensors[name]) for name in TENSOR_FILES}
+        sealed = state.model_copy(update={"files": files})
+        storage.write_new(temp / _STATE, sealed.sealed())
+        storage.sync_folder(temp)
+        if final.exists():
+            _remove(final)
+        storage.publish(temp, final)
+    except BaseException:
+        shutil.rmtree(temp, ignore_errors=True)
+        raise
+    _verify(final, digests=False)
+    for step in checkpoint_steps(folder)[:-keep]:
+        _remove(folder / f"step-{step:08d}")
+    log.info("wrote checkpoint=%s bytes=%d", final, sum(file.size for file in files.values()))
+    return final
+
+
+def _write(temp: Path, name: str, tensors: Mapping[str, Tensor]) -> CheckpointFile:
+    path, written = storage.write_durable(temp, name, lambda: tensor_chunks(tensors, {}))
+    storage.publish(path, temp / name)
+    return CheckpointFile(size=written.size, sha256=written.sha256)
+
+
+def newest_checkpoint(folder: Path) -> Checkpoint | None:
+    """The newest checkpoint that verifies, or None when there is no checkpoint at all.
+
+    A damaged one is named in a warning and left where it is.
+
+    Raises:
+        DamageError: there are checkpoints, and none verifies.
+    """
+    steps = checkpoint_steps(folder)
+    for step in reversed(steps):
+        try:
+            return load_checkpoint(folder, step)
+        except (DamageError, StorageError) as error:
+            log.warning(
+                "checkpoint step=%d is damaged and skipped, the one before it is used: %s", step, error
+            )
+    if steps:
+        raise DamageError(
+            f"{folder}: none of the {len(steps)} checkpoints is whole; remove them and start the run again without --resume"
+        )
+    return None
+
+
+def load_checkpoint(folder: Path, step: int) -> Checkpoint:
+    """The checkpoint of one step.
+
+    Raises:
+        DamageError: it is not what was written.
+        StorageError: it cannot be read.
+    """
+    path = folder / f"step-{step:08d}"
+    state = _verify(path)
+    model, ema, optimizer = (read_tensors(path / name)[0] for name in TENSOR_FILES)
+    return Checkpoint(path, state, model, ema, optimizer)
+
+
+def _verify(path: Path, *, digests: bool = True) -> CheckpointState:
+    """The state of a checkpoint whose files all have the size, and the digest unless told otherwise, that it names."""
+    state = CheckpointState.parse(storage.read_bytes(path / _STATE, _MAX_STATE_BYTES), str(path / _STATE))
+    if sorted(state.files) != sorted(TENSOR_FILES):
+        raise FormatError(f"{path / _STATE}: names the files {', '.join(sorted(state.files))}")
+    if path.name != f"step-{state.step:08d}":
+        raise FormatError(f"{path}: holds the checkpoint of step {state.step}")
+    for name, file in state.files.items():
+        if storage.size_of(path / name) != file.size:
+            raise FormatError(f"{path / name}: not the file that was written (missing, or its size differs)")
+        if digests and storage.sha256_of(path / name)[1] != file.sha256:
+            raise ChecksumError(f"{path / name}: not the file that was written (its digest differs)")
+    return state
+
+
+def _remove(path: Path) -> None:
+    """Remove a checkpoint; it loses its name first, so that a half-removed one is never found."""
+    gone = path.with_name(_TEMPORARY + storage.temp_name(path.name))
+    storage.publish(path, gone)
+    shutil.rmtree(gone, ignore_errors=True)
+
+
+def clear_unfinished(folder: Path) -> None:
+    """Remove what killed writers left."""
+    for name in storage.list_folder(folder):
+        if name.startswith(_TEMPORARY):
+            shutil.rmtree(folder / name, ignore_errors=True)
+            log.info("removed unfinished checkpoint=%s", os.fspath(folder / name))

@@ -1,0 +1,221 @@
+"""Everything that a training run is made of. The defaults are the released Proteus recipe.
+
+`identity` names the fields that change results: a resumed run must have the same. The others (where, how fast, how
+often to save) may change between two starts of one run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import UnionType
+from typing import Literal
+
+from proteus_cache.errors import ConfigError
+from proteus_cache.students.registry import student_size
+
+Precision = Literal["fp32", "fp16", "bf16"]
+_FREE_FIELDS = frozenset(
+    {
+        *("data", "out", "max_steps", "workers", "device", "precision", "accumulate"),
+        *("checkpoint_every", "keep_checkpoints", "log_every"),
+    }
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainConfig:
+    """One training run."""
+
+    student: str
+    """One of `proteus_cache.students.registry.STUDENTS`."""
+    data: Path
+    """The pack."""
+    out: Path
+    """The RUN folder."""
+    seed: int = 0
+    """Fixes initial weights, order and masks."""
+
+    epochs: int = 300
+    """Epochs of the schedule."""
+    max_steps: int | None = None
+    """Stop after this many steps; the schedule stays that of `epochs`. None: run the whole schedule."""
+    batch_size: int | None = None
+    """Views in one step over all processes; None: 1,024, and 256 for vit_l14, as published."""
+
+    lr: float | None = None
+    """Peak learning rate; None: 5e-4 x batch / 512."""
+    warmup_epochs: int = 5
+    """Epochs from `warmup_lr` to `lr`; the cosine's clock starts at epoch 0 all the same."""
+    warmup_lr: float = 1e-6
+    """Rate of the first epoch, not scaled with the batch."""
+    min_lr: float = 1e-5
+    """Floor of the cosine, not scaled with the batch."""
+    schedule_lag_epochs: int = 1
+    """Epochs that the schedule lags: 1 as released (the first two epochs run at `warmup_lr`), 0 for a plain one."""
+    weight_decay: float = 0.05
+    """AdamW's decay of everything with two axes or more: position embedding, CLS and mask token too, as released."""
+    beta1: float = 0.9
+    beta2: float = 0.999
+    adam_eps: float = 1e-8
+    ema_decay: float = 0.99996
+    """Of the average of the student's weights, every step, without warm-up."""
+
+    weight_token: float = 1.0
+    """Weight of the token loss; a loss of weight 0 is not computed, and a head that none needs is not made."""
+    weight_feature: float = 1.0
+    weight_patch: float = 1.0
+    mask_ratio: float = 0.5
+    """Share of the patches hidden in each image of the masked half."""
+
+    precision: Precision | None = None
+    """Of the forward pass; None: bf16 on a GPU that has it, fp16 with loss scaling on another, fp32 on a CPU."""
+    device: Literal["cpu", "cuda"] | None = None
+    """None: the GPU when there is one."""
+    workers: int | None = None
+    """Reader processes of each rank; 0 reads in the training process; None: from the usable cores."""
+    accumulate: int = 1
+    """Parts that each process cuts its share of the batch into, to save memory; the mean is over the whole batch."""
+    checkpoint_every: int = 1000
+    """Steps between checkpoints; the last step always writes one."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints kept."""
+    log_every: int = 20
+    """Steps whose losses are fetched together from a GPU; on a CPU every step is."""
+
+    def __post_init__(self) -> None:
+        student_size(self.student)
+        for name in _positive_integers():
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} must be at least 1, got {value}")
+        for name in ("warmup_epochs", "schedule_lag_epochs", "workers", "seed"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise ConfigError(f"{name} must not be negative, got {value}")
+        for name in _rates():
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value >= 0):
+                raise ConfigError(f"{name} must be a finite number and not negative, got {value}")
+        for name in ("beta1", "beta2", "ema_decay"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 0 and below 1, got {getattr(self, name)}")
+        if self.precision not in (None, "fp32", "fp16", "bf16"):
+            raise ConfigError(f"precision must be fp32, fp16 or bf16, got {self.precision!r}")
+        if self.device not in (None, "cpu", "cuda"):
+            raise ConfigError(f"device must be cpu or cuda, got {self.device!r}")
+        if not self.weight_token + self.weight_feature + self.weight_patch > 0:
+            raise ConfigError("every loss has weight 0; set weight_token, weight_feature or weight_patch")
+        if not 0 < self.mask_ratio <= 1:
+            raise ConfigError(f"mask_ratio must be above 0 and at most 1, got {self.mask_ratio}")
+        if self.weight_patch > 0 and self.global_batch < 2:
+            raise ConfigError("the patch loss masks every second view: batch_size must be at least 2")
+
+    @property
+    def global_batch(self) -> int:
+        """Views in one step over all processes."""
+        if self.batch_size is not None:
+            return self.batch_size
+        return student_size(self.student).batch_size
+
+    @property
+    def peak_lr(self) -> float:
+        """The learning rate after warm-up."""
+        return 5e-4 * self.global_batch / 512 if self.lr is None else self.lr
+
+    @property
+    def heads(self) -> tuple[str, ...]:
+        """Heads that the losses need."""
+        needed = {
+            "token": self.weight_token > 0 or self.weight_feature > 0,
+            "feature": self.weight_feature > 0,
+            "patch": self.weight_patch > 0,
+        }
+        return tuple(name for name, is_needed in needed.items() if is_needed)
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """Targets that the losses need."""
+        needs_cls = self.weight_token > 0 or self.weight_feature > 0
+        needs_patch = self.weight_feature > 0 or self.weight_patch > 0
+        return ("cls",) * needs_cls + ("patch",) * needs_patch
+
+    def to_mapping(self) -> dict[str, object]:
+        """All fields as plain values, for YAML and JSON."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
+
+    def identity(self) -> dict[str, object]:
+        """The fields that change results, with defaults that depend on others filled in.
+
+        Precision changes them too, but its default depends on the hardware: a checkpoint keeps the one that was used.
+        """
+        values = {name: value for name, value in self.to_mapping().items() if name not in _FREE_FIELDS}
+        return values | {"batch_size": self.global_batch, "lr": self.peak_lr}
+
+
+def config_from_mapping(values: Mapping[str, object], what: str = "config") -> TrainConfig:
+    """A config from the plain values of a YAML file or a command line.
+
+    Args:
+        values: field -> value; whole numbers may stand for floats, strings for paths.
+        what: file or place, for the message.
+
+    Raises:
+        ConfigError: an unknown field (the nearest is named), a missing one, or a value of another type.
+    """
+    types = typing.get_type_hints(TrainConfig)
+    parsed = {}
+    for name, value in values.items():
+        if name not in types:
+            near = difflib.get_close_matches(str(name), types, n=1)
+            hint = f"; did you mean {near[0]}?" if near else f"; it can be one of {', '.join(types)}"
+            raise ConfigError(f"{what}: unknown setting {name!r}{hint}")
+        parsed[name] = _parse(value, types[name], f"{what}: {name}")
+    missing = [name for name in ("student", "data", "out") if name not in parsed]
+    if missing:
+        raise ConfigError(f"{what}: {missing[0]} is not set")
+    return TrainConfig(**parsed)
+
+
+def _parse(value: object, wanted: object, what: str) -> typing.Any:  # any field's type
+    """`value` as one of the types that a field allows."""
+    options = typing.get_args(wanted) if typing.get_origin(wanted) in (typing.Union, UnionType) else (wanted,)
+    for option in options:
+        if option is type(None) and value is None:
+            return None
+        if typing.get_origin(option) is Literal and value in typing.get_args(option):
+            return value
+        if option is Path and isinstance(value, str | Path):
+            return Path(value)
+        if option is float and isinstance(value, int | float) and not isinstance(value, bool):
+            return float(value)
+        if isinstance(option, type) and isinstance(value, option) and not isinstance(value, bool):
+            return value
+    if float in options and isinstance(value, str):  # YAML 1.1 reads 1e-6 as a string
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    choices = [str(choice) for option in options for choice in typing.get_args(option)]
+    names = [option.__name__ for option in options if isinstance(option, type) and option is not type(None)]
+    raise ConfigError(f"{what} must be {' or '.join(choices or names)}, got {value!r}")
+
+
+def _positive_integers() -> tuple[str, ...]:
+    return (
+        *("epochs", "max_steps", "batch_size", "accumulate"),
+        *("checkpoint_every", "keep_checkpoints", "log_every"),
+    )
+
+
+def _rates() -> tuple[str, ...]:
+    return (
+        *("lr", "warmup_lr", "min_lr", "weight_decay", "adam_eps"),
+        *("weight_token", "weight_feature", "weight_patch"),
+    )

@@ -1,0 +1,169 @@
+"""The RUN folder: what a training run leaves on disk, and how its logs are cut back on resume.
+
+    config.yaml              settings, the pack trained from, versions
+    metrics.jsonl            one line for every step; nothing that depends on the clock
+    timings.jsonl            rates and times, for people
+    tensorboard/             the same numbers as TensorBoard events
+    checkpoints/             see checkpoint.py
+    student.safetensors      raw weights, strictly loadable into timm's VisionTransformer
+    heads.safetensors        mask token and heads
+    ema.safetensors          average weights and the share of the initialisation in them
+
+Steps are counted from 1 here: the line of step 4 is what the fourth step computed, and the checkpoint of step 4
+holds its result.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from io import BufferedRandom
+from pathlib import Path
+
+import yaml
+
+from proteus_cache import storage
+from proteus_cache.errors import StorageError, UsageError
+from proteus_cache.train.checkpoint import checkpoint_steps
+
+CONFIG = "config.yaml"
+METRICS = "metrics.jsonl"
+TIMINGS = "timings.jsonl"
+STUDENT = "student.safetensors"
+HEADS = "heads.safetensors"
+EMA = "ema.safetensors"
+TENSORBOARD = "tensorboard"
+CHECKPOINTS = "checkpoints"
+_OURS = frozenset({CONFIG, METRICS, TIMINGS, STUDENT, HEADS, EMA, TENSORBOARD, CHECKPOINTS})
+
+
+def check_run_folder(out: Path, *, resume: bool) -> None:
+    """Refuse a folder that a run must not be written to.
+
+    Raises:
+        UsageError: `out` is a file or holds something else, or holds checkpoints and the run is not to be resumed.
+    """
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"{out}: is a file; --out names the folder of a run")
+    foreign = [name for name in storage.list_folder(out) if name not in _OURS and not name.startswith(".")]
+    if foreign:
+        raise UsageError(f"{out}: holds {foreign[0]!r}, which is not part of a run; choose another --out")
+    steps = checkpoint_steps(out / CHECKPOINTS)
+    if steps and not resume:
+        raise UsageError(
+            f"{out}: holds checkpoints (the newest is of step {steps[-1]:,}); go on with --resume, or choose another --out"
+        )
+
+
+def files_to_replace(out: Path, *, resume: bool) -> list[str]:
+    """What a start would replace: the logs of a run that was stopped before its first checkpoint.
+
+    With `resume` such a run is started again as a matter of course, and nothing needs to be asked.
+    """
+    if resume or not out.is_dir():
+        return []
+    return [name for name in storage.list_folder(out) if name in _OURS and name != CHECKPOINTS]
+
+
+def clear_leftovers(out: Path, *, is_new: bool) -> None:
+    """Remove unfinished files of killed writers and, for a run that starts anew, the results of another one."""
+    for name in storage.list_folder(out):
+        is_unfinished = name.startswith(".") and any(name.startswith(f".{ours}.") for ours in _OURS)
+        if is_unfinished or (is_new and name in (STUDENT, HEADS, EMA)):
+            storage.remove(out / name)
+
+
+def write_config(out: Path, sections: Mapping[str, object]) -> None:
+    """Write `config.yaml`; its `train` section can be given to `train --config` as it is."""
+    text = yaml.safe_dump(dict(sections), sort_keys=False, allow_unicode=True, width=110)
+    temp, _ = storage.write_durable(out, f".{CONFIG}", text.encode)
+    storage.publish(temp, out / CONFIG)
+
+
+def read_config(path: Path) -> dict[str, object]:
+    """The training settings of a YAML file: its `train` section, or the whole file when it has none.
+
+    Raises:
+        UsageError: missing, not YAML, or not a mapping.
+    """
+    try:
+        value = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise UsageError(f"{path}: cannot be read as a YAML file of settings ({reason})") from error
+    if isinstance(value, dict) and "train" in value:
+        value = value["train"]
+    if not isinstance(value, dict):
+        raise UsageError(f"{path}: must hold settings, one `name: value` a line")
+    return value
+
+
+class StepLog:
+    """A file with one JSON object a line, in the order of steps.
+
+    Args:
+        path: of the file, made when missing.
+        first_step: lines of steps after this one are cut off, and so is a line that a kill left unfinished.
+    """
+
+    def __init__(self, path: Path, first_step: int) -> None:
+        self._path = path
+        self._file = _open_cut(path, first_step)
+
+    def write(self, lines: Iterable[Mapping[str, object]]) -> None:
+        """Append objects and hand them to the operating system."""
+        try:
+            for line in lines:
+                self._file.write(json.dumps(line, allow_nan=False).encode() + b"\n")
+            self._file.flush()
+        except OSError as error:
+            raise StorageError(f"{self._path}: cannot write: {error.strerror}") from error
+
+    def sync(self) -> None:
+        """Make what was written durable."""
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise StorageError(f"{self._path}: cannot sync: {error.strerror}") from error
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def _open_cut(path: Path, first_step: int) -> BufferedRandom:
+    """Open for appending after the last whole line whose step is at most `first_step`."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    file = os.fdopen(descriptor, "r+b")
+    end = 0
+    for line in file:
+        if not line.endswith(b"\n") or _step_of(line) > first_step:
+            break
+        end += len(line)
+    file.seek(end)
+    file.truncate()
+    return file
+
+
+def _step_of(line: bytes) -> float:
+    """The step of a log line; infinite when it is damaged, so that it is cut off."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
+def metric_line(step: int, epoch: int, lr: float, losses: Sequence[float]) -> dict[str, object]:
+    """A line of `metrics.jsonl`.
+
+    Args:
+        step: counted from 1.
+        epoch: counted from 0.
+        lr: of this step.
+        losses: sum, token, feature, patch; NaN for a loss of weight 0, which becomes null.
+    """
+    names = ("loss", "loss_token", "loss_feature", "loss_patch")
+    values = {name: None if math.isnan(value) else value for name, value in zip(names, losses, strict=True)}
+    return {"step": step, "epoch": epoch, "lr": lr, **values}

@@ -35,6 +35,7 @@ TABLE_SCHEMA = pa.schema(
 
 _STEM_CHARS = 48
 _OTHER = re.compile(r"[^A-Za-z0-9]")
+_DIGITS = re.compile(r"[0-9]{1,10}")
 _MAX_LABEL = 2**31 - 1
 
 logger = logging.getLogger(__name__)
@@ -222,9 +223,9 @@ def _parse_line(line: str, where: str) -> _Row:
     path, tab, digits = line.rpartition("\t")
     if not tab:
         path, digits = line, ""
-    if tab and not (digits.isascii() and digits.isdigit() and int(digits) <= _MAX_LABEL):
+    if tab and not (_DIGITS.fullmatch(digits) and int(digits) <= _MAX_LABEL):
         raise ImageListError(
-            f"{where}: the label after the tab must be an integer from 0 on, found {digits!r}"
+            f"{where}: the label after the tab must be an integer from 0 on, found {digits[:40]!r}"
         )
     pure = PurePosixPath(path)
     if pure.is_absolute() or ".." in pure.parts or not pure.parts or "\0" in path:

@@ -1,11 +1,12 @@
 """The Proteus objectives: plain mean-squared errors between head outputs and teacher tokens, in float32.
 
     token     token head(CLS) against the teacher's CLS
-    feature   [token head(CLS), feature head(patches)] against [CLS, patches]: the CLS slot re-uses the token head
+    feature   [token head(CLS), feature head(patches)] against [CLS, patches]: CLS re-uses the token head
     patch     patch head(masked pass) against the teacher's patches, at masked positions only
 
-Every mean runs over all elements, channels included. Several processes that each hold a part of the batch pass the
-batch's own counts, and the average of their losses is then the loss of the whole batch, however it was cut.
+Every mean runs over all elements, channels included. Several processes that each hold a part of the batch
+pass the batch's own counts, and the average of their losses is then the loss of the whole batch, however it
+was cut.
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ def feature_loss(
     Returns:
         float32 scalar.
 
-    Source: arXiv 2407.10366, feature-level objective; Proteus-pytorch MetaArch.forward (the shared token head).
+    Source: arXiv 2407.10366, feature-level objective; Proteus-pytorch MetaArch.forward (the shared token
+        head).
     """
     n_patches = patches_BND.shape[1]
     cls = _mean_squared_error(predicted_cls_BD, cls_BD, n_images)

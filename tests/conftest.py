@@ -1,7 +1,7 @@
 """Settings and fixtures that every test shares.
 
-One thread for torch keeps the numbers of the small models the same on every machine and leaves the cores to the
-processes that tests start. Nothing here touches the network or the folders of a user.
+One thread for torch keeps the numbers of the small models the same on every machine and leaves the cores to
+the processes that tests start. Nothing here touches the network or the folders of a user.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ def test_data() -> Path:
     """The folder with real photographs and reference outputs; it is not part of the repository."""
     folder = os.environ.get("PROTEUS_TEST_DATA")
     if not folder:
-        pytest.skip("PROTEUS_TEST_DATA is not set: it names the folder with real photographs and reference outputs")
+        pytest.skip(
+            "PROTEUS_TEST_DATA is not set: it names the folder with real photographs and reference outputs"
+        )
     path = Path(folder)
     if not path.is_dir():
         # A misspelt folder must not turn into a hundred quiet skips.

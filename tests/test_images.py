@@ -1,4 +1,4 @@
-"""Listing images: what is taken, what it is called, in which order, and what is refused with one clear line."""
+"""Listing images: what is taken, what it is called, in which order, and what is refused in one line."""
 
 from __future__ import annotations
 
@@ -127,6 +127,7 @@ def test_list_gives_paths_with_and_without_labels(tmp_path: Path) -> None:
         ("a.jpg\nb.jpg\t-1", "line 2: the label"),
         ("a.jpg\t", "line 1: the label"),
         ("a.jpg\t2147483648", "line 1: the label"),
+        ("a.jpg\t" + "9" * 5000, "line 1: the label"),
         ("/etc/passwd", "line 1: '/etc/passwd' does not stay inside"),
         ("a/../../b.jpg", "does not stay inside"),
         ("a.jpg\0.png", "does not stay inside"),
@@ -189,17 +190,6 @@ def test_name_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
         list_images(tmp_path)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read every folder")
-def test_unreadable_folder_is_a_storage_error(tmp_path: Path) -> None:
-    touch(tmp_path, "a/1.jpg")
-    (tmp_path / "a").chmod(0)
-    try:
-        with pytest.raises(StorageError, match=r"a: cannot be read: Permission denied; make it readable"):
-            list_images(tmp_path)
-    finally:
-        (tmp_path / "a").chmod(0o755)
-
-
 def test_folder_that_vanishes_is_a_storage_error(tmp_path: Path) -> None:
     from proteus_cache.images import _entries
 
@@ -221,7 +211,7 @@ def test_key_is_a_harmless_stem_and_a_hash(path: str, stem: str) -> None:
     assert sample_key(path) == f"{stem}_{hashlib.sha256(path.encode()).hexdigest()[:10]}"
 
 
-@given(st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0"), min_size=1))
+@given(st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1))
 def test_every_path_has_a_key_that_any_tar_reader_takes(path: str) -> None:
     assert re.fullmatch(r"[a-z0-9_]{1,59}", sample_key(path))
 

@@ -147,11 +147,26 @@ def _read_index(data: bytes, shard_size: int, what: str) -> NDArray[np.uint64]:
 
 
 def _decompress(decompressor: Zstd, chunk: memoryview, out: NDArray[np.uint8], what: str) -> None:
-    """Decode one zstd frame into a buffer of exactly its size; a frame that declares another size is refused."""
+    """Decode one zstd frame into a buffer of exactly its size; a frame that declares another size is refused first."""
+    if _declared_size(bytes(chunk[:14])) != out.nbytes:
+        raise FormatError(f"{what} does not unpack to {out.nbytes:,} bytes")
     try:
         decompressor.decode(bytes(chunk), out)
     except (RuntimeError, ValueError) as error:
         raise FormatError(f"{what} cannot be decompressed ({error})") from error
+
+
+def _declared_size(frame: bytes) -> int | None:
+    """Content size in the header of a zstd frame (RFC 8878, 3.1.1.1); None when there is none or it is no frame."""
+    if len(frame) < 6 or frame[:4] != b"\x28\xb5\x2f\xfd":
+        return None
+    size_flag, is_single_segment, dictionary_flag = frame[4] >> 6, frame[4] >> 5 & 1, frame[4] & 3
+    n_bytes = (is_single_segment, 2, 4, 8)[size_flag]
+    if n_bytes == 0:
+        return None
+    start = 5 + (1 - is_single_segment) + (0, 1, 2, 4)[dictionary_flag]
+    size = int.from_bytes(frame[start : start + n_bytes], "little")
+    return size + 256 if n_bytes == 2 else size
 
 
 def _is_compressed(target: TargetRecord) -> bool:

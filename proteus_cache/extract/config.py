@@ -52,14 +52,17 @@ class ExtractConfig:
     """For example "cuda" or "cpu"; the default is the best there is."""
 
     def __post_init__(self) -> None:
-        for name in ("views", "size_px", "shard_size", "limit", "batch_size"):
+        at_least_one = ("views", "size_px", "shard_size", "limit", "batch_size")
+        for name in (*at_least_one, "workers", "seed", "probe_images"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"--{name.replace('_px', '').replace('_', '-')} must be at least 1, got {value}")
-        for name in ("workers", "seed", "probe_images"):
+            least = int(name in at_least_one)
+            if value is not None and not (isinstance(value, int) and value >= least):
+                flag = name.removesuffix("_px").replace("_", "-")
+                raise ConfigError(f"--{flag} must be a whole number of at least {least}, got {value!r}")
+        for name in ("teacher", "weights", "codec", "augment", "view_format", "device"):
             value = getattr(self, name)
-            if value is not None and value < 0:
-                raise ConfigError(f"--{name.replace('_', '-')} must be at least 0, got {value}")
+            if not isinstance(value, str | None):
+                raise ConfigError(f"--{name.replace('_', '-')} must be a name, got {value!r}")
         if self.precision not in (None, "fp32", "fp16", "bf16"):
             raise ConfigError(f"--precision must be fp32, fp16 or bf16, got {self.precision!r}")
         if self.targets is not None and len(set(self.targets)) != len(self.targets):

@@ -1,4 +1,5 @@
-"""`pack.json`: what a pack is, where it comes from, and the size and digest of every file in it. Written last."""
+"""`pack.json`: what a pack is, where it comes from, and the size and digest of every file in it. Written
+last."""
 
 from __future__ import annotations
 
@@ -44,6 +45,8 @@ class PackTar(Document):
 
     size: int = Field(ge=1024)
     sha256: str = Field(pattern=_SHA256)
+    receipt: str = Field(pattern=_SHA256)
+    """Digest of the receipt of the cache's unit that it was made from."""
     n_samples: int = Field(ge=0)
 
 

@@ -1,7 +1,7 @@
 """The index of one view index of a pack: a 64-byte header and one fixed 64-byte record for every stored view.
 
-Records are in the order of the tars and, inside a tar, of its members; so record numbers ascend with image rows.
-Both header and records end with the CRC-32C of their other bytes. The file is mapped, never loaded.
+Records are in the order of the tars and, inside a tar, of its members; so record numbers ascend with image
+rows. Both header and records end with the CRC-32C of their other bytes. The file is mapped, never loaded.
 """
 
 from __future__ import annotations
@@ -58,7 +58,9 @@ def seal_records(records: Records) -> Records:
     sealed = records.copy()
     data = sealed.tobytes()
     starts = range(0, len(data), RECORD_BYTES)
-    sealed["record_crc32c"] = [google_crc32c.value(data[start : start + RECORD_BYTES - 4]) for start in starts]
+    sealed["record_crc32c"] = [
+        google_crc32c.value(data[start : start + RECORD_BYTES - 4]) for start in starts
+    ]
     return sealed
 
 
@@ -72,7 +74,9 @@ def index_header(view_index: int | None, n_records: int, n_tars: int, code_bytes
 class Index:
     """A mapped index file."""
 
-    def __init__(self, path: Path, view_index: int | None, n_records: int, n_tars: int, code_bytes: int) -> None:
+    def __init__(
+        self, path: Path, view_index: int | None, n_records: int, n_tars: int, code_bytes: int
+    ) -> None:
         """
         Args:
             path: of the `.idx` file.
@@ -111,7 +115,9 @@ class Index:
         for place, stored in enumerate(records["record_crc32c"].tolist()):
             start = RECORD_BYTES * place
             if value(data[start : start + end]) != stored:
-                raise ChecksumError(f"{self.path}: record {numbers[place]} is damaged (CRC-32C differs); {REMEDY}")
+                raise ChecksumError(
+                    f"{self.path}: record {numbers[place]} is damaged (CRC-32C differs); {REMEDY}"
+                )
         self._check(records, numbers)
         return records
 
@@ -130,7 +136,9 @@ class Index:
             & (records["json_size"] <= MAX_JSON_BYTES)
         )
         if not good.all():
-            raise FormatError(f"{self.path}: record {numbers[int(np.argmin(good))]} has impossible numbers; {REMEDY}")
+            raise FormatError(
+                f"{self.path}: record {numbers[int(np.argmin(good))]} has impossible numbers; {REMEDY}"
+            )
 
 
 REMEDY = "remove this pack and run `proteus-cache pack` again"

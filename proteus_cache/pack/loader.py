@@ -1,7 +1,7 @@
 """Batches for training: what an order asks for, read ahead by processes, threads, or by the caller itself.
 
-Batch `t` is the same whoever reads it. Reader processes fill shared memory, which is handed out without a copy; where
-`/dev/shm` has no room for it, threads of this process read instead and the log says so.
+Batch `t` is the same whoever reads it. Reader processes fill shared memory, which is handed out without a
+copy; where `/dev/shm` has no room for it, threads of this process read instead and the log says so.
 """
 
 from __future__ import annotations
@@ -91,7 +91,9 @@ def open_loader(
     if not 0 <= rank < world_size:
         raise UsageError(f"rank {rank} of {world_size} ranks does not exist")
     if order.batch_size < world_size:
-        raise UsageError(f"a batch of {order.batch_size} cannot be shared by {world_size} ranks; raise --batch-size")
+        raise UsageError(
+            f"a batch of {order.batch_size} cannot be shared by {world_size} ranks; raise --batch-size"
+        )
     for view in pack.layout.views:
         pack.check_index(view)
     shape = SlotShape(-(-order.batch_size // world_size), pack.code_bytes, pack.side_px)
@@ -197,7 +199,8 @@ class Loader(Iterator[Batch]):
 
 
 def _copied(tensor: Tensor, pin: bool) -> Tensor:
-    """A copy; pinned ones come from torch's own pool, which waits for copies to the device before it reuses one."""
+    """A copy; pinned ones come from torch's own pool, which waits for copies to the device before it reuses
+    one."""
     return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pin).copy_(tensor)
 
 
@@ -209,11 +212,11 @@ def _make_readers(layout: PackLayout, shape: SlotShape, n_workers: int, shared_f
     if descriptor is not None:
         return _Processes(layout, shape, n_workers, n_slots, descriptor)
     logger.warning(
-        "reading with %d threads instead of processes: %s has no room for %.1f GB of batches; give the container more shared "
-        "memory, or use fewer workers or a smaller batch",
+        "reading with %d threads instead of processes: %s has no room for %.0f MB of batches; "
+        "give the container more shared memory, or use fewer workers or a smaller batch",
         n_workers,
         shared_folder,
-        n_slots * shape.slot_bytes / 1e9,
+        n_slots * shape.slot_bytes / 1e6,
     )
     return _Threads(layout, shape, n_workers)
 

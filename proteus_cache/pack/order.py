@@ -1,4 +1,5 @@
-"""Which stored view is where in training: a pure function of (seed, epoch), the same for any ranks and workers.
+"""Which stored view is where in training: a pure function of (seed, epoch), the same for any ranks and
+workers.
 
     view index of an epoch   = views[epoch mod V]
     order of the tars        = permutation keyed by (seed, epoch, "tars")
@@ -6,8 +7,8 @@
     order inside a window    = permutation keyed by (seed, epoch, "window", number)
     global batch t           = entries t G to (t + 1) G - 1; what does not fill a batch is dropped
 
-A permutation of n is the stable argsort of n raw 64-bit outputs of Philox, whose stream numpy guarantees. Only two
-windows are in memory at a time.
+A permutation of n is the stable argsort of n raw 64-bit outputs of Philox, whose stream numpy guarantees.
+Only two windows are in memory at a time.
 """
 
 from __future__ import annotations
@@ -57,11 +58,17 @@ class TrainingOrder:
     """The order of training: every epoch one view index, all tars that are not held out."""
 
     def __init__(
-        self, counts: Mapping[int, NDArray[np.int64]], *, held_out: Collection[int], seed: int, batch_size: int
+        self,
+        counts: Mapping[int, NDArray[np.int64]],
+        *,
+        held_out: Collection[int],
+        seed: int,
+        batch_size: int,
     ) -> None:
         """
         Args:
-            counts: view index to (n_tars,) stored views of each tar; epochs take the view indices in this order.
+            counts: view index to (n_tars,) stored views of each tar; epochs take the view indices in this
+                order.
             held_out: tars that are never drawn.
             seed: of the run.
             batch_size: global, G.
@@ -98,9 +105,12 @@ class TrainingOrder:
         first = place * self.batch_size
         end = first + self.batch_size
         _, starts = self._epoch_windows(epoch)
-        numbers = range(int(np.searchsorted(starts, first, side="right")) - 1, int(np.searchsorted(starts, end)))
+        numbers = range(
+            int(np.searchsorted(starts, first, side="right")) - 1, int(np.searchsorted(starts, end))
+        )
         parts = [
-            self._window(epoch, number)[max(0, first - starts[number]) : end - starts[number]] for number in numbers
+            self._window(epoch, number)[max(0, first - starts[number]) : end - starts[number]]
+            for number in numbers
         ]
         return BatchPlan(epoch, self.view_indices[epoch % len(self.view_indices)], np.concatenate(parts))
 

@@ -1,7 +1,7 @@
 """The bytes of samples, read through the index into the places where a batch wants them.
 
-One `preadv` fetches the codes and the view of a sample, which are neighbours in the tar; both CRCs are checked before
-either is used. Needs numpy and nothing of torch, so reader processes start fast.
+One `preadv` fetches the codes and the view of a sample, which are neighbours in the tar; both CRCs are
+checked before either is used. Needs numpy and nothing of torch, so reader processes start fast.
 """
 
 from __future__ import annotations
@@ -172,9 +172,13 @@ class SampleReader:
             try:
                 found = preadv(descriptor, (code, between, place), offset)
             except OSError as error:
-                raise StorageError(f"{self._where(view, records, row)}: cannot read: {error.strerror}") from error
+                raise StorageError(
+                    f"{self._where(view, records, row)}: cannot read: {error.strerror}"
+                ) from error
             if found != size:
-                self._read_rest(descriptor, (code, between, place), offset, found, self._where(view, records, row))
+                self._read_rest(
+                    descriptor, (code, between, place), offset, found, self._where(view, records, row)
+                )
             if checksum(code) != codes_crc:
                 raise ChecksumError(self._damaged(view, records, row, "codes", "codes_offset"))
             if checksum(place) != view_crc:
@@ -220,7 +224,9 @@ class SampleReader:
     def _open_index(self, view: str) -> Index:
         n_records, n_tars = self.layout.views[view]
         with at(view=view):
-            return Index(self.layout.index_path(view), view_index(view), n_records, n_tars, self.layout.code_bytes)
+            return Index(
+                self.layout.index_path(view), view_index(view), n_records, n_tars, self.layout.code_bytes
+            )
 
     def _damaged(self, view: str, records: Records, row: int, what: str, offset: str) -> str:
         place = f"{self._where(view, records, row)}, byte {int(records[offset][row])}"

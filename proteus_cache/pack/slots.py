@@ -1,7 +1,8 @@
 """Memory of batches, used again and again.
 
-A slot holds one batch. It is lent to the consumer without a copy and comes back by itself when the last tensor that
-looks into it is gone. So no page is faulted in twice, and a consumer that keeps batches keeps them unharmed.
+A slot holds one batch. It is lent to the consumer without a copy and comes back by itself when the last
+tensor that looks into it is gone. So no page is faulted in twice, and a consumer that keeps batches keeps
+them unharmed.
 """
 
 from __future__ import annotations
@@ -61,7 +62,11 @@ class SlotPool:
         """
         self.slot_bytes = slot_bytes
         private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-        self._map = mmap.mmap(descriptor, slot_bytes * n_slots, flags=private if descriptor < 0 else mmap.MAP_SHARED)
+        self._map = mmap.mmap(
+            descriptor, slot_bytes * n_slots, flags=private if descriptor < 0 else mmap.MAP_SHARED
+        )
+        with suppress(OSError, AttributeError):
+            self._map.madvise(mmap.MADV_HUGEPAGE)
         self._free = deque(range(n_slots))
         self._lent: dict[int, weakref.ref[NDArray[np.uint8]]] = {}
 
@@ -97,10 +102,11 @@ class SlotPool:
 
 
 def shared_file(size: int, folder: Path) -> int | None:
-    """A descriptor of a nameless file of `size` bytes, every one reserved; None when `folder` has no room for it.
+    """A descriptor of a nameless file of `size` bytes, every one reserved; None when `folder` has no room for
+    it.
 
-    Nameless, so that nothing stays behind whoever is killed; reserved, so that a full file system is told now and
-    not by a bus error in the middle of training.
+    Nameless, so that nothing stays behind whoever is killed; reserved, so that a full file system is told now
+    and not by a bus error in the middle of training.
     """
     try:
         descriptor = os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)

@@ -1,8 +1,9 @@
-"""A reader process: takes record numbers through a pipe, fills slots of shared memory, and ends with its parent.
+"""A reader process: takes record numbers through a pipe, fills slots of shared memory, and ends with its
+parent.
 
-It imports numpy and Pillow, not torch, and is started as a plain child, so it never runs the parent's main script a
-second time and inherits no lock, device or thread. A message to it is 16 bytes (slot, number of samples, view) and the record
-numbers; an answer is a JSON object.
+It imports numpy and Pillow, not torch, and is started as a plain child, so it never runs the parent's main
+script a second time and inherits no lock, device or thread. A message to it is 16 bytes (slot, number of
+samples, view) and the record numbers; an answer is a JSON object.
 """
 
 from __future__ import annotations
@@ -80,7 +81,8 @@ class ReaderProcess:
         """Bytes read for the oldest open question, once its slot is filled.
 
         Raises:
-            The error that the process met, with its type and message; or ProteusCacheError when the process is gone.
+            The error that the process met, with its type and message; or ProteusCacheError when the process
+            is gone.
         """
         try:
             answer = json.loads(self._pipe.recv_bytes(_MAX_ANSWER_BYTES))
@@ -104,9 +106,15 @@ class ReaderProcess:
         try:
             status = self._process.wait(_GRACE_S)
         except subprocess.TimeoutExpired:
-            return ProteusCacheError(f"reader process {self.pid} does not answer any more; start the run again")
+            return ProteusCacheError(
+                f"reader process {self.pid} does not answer any more; start the run again"
+            )
         how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
-        advice = "the machine may be out of memory: use fewer --workers" if status == -signal.SIGKILL else "see above"
+        advice = (
+            "the machine may be out of memory: use fewer --workers"
+            if status == -signal.SIGKILL
+            else "see above"
+        )
         return ProteusCacheError(f"reader process {self.pid} {how}; {advice}")
 
 
@@ -138,7 +146,11 @@ def _answer(message: bytes, reader: SampleReader, pool: SlotPool, shape: SlotSha
     except Exception as error:
         known = isinstance(error, ProteusCacheError)
         notes = [*getattr(error, "__notes__", []), *([] if known else [traceback.format_exc(limit=-4)])]
-        return {"error": type(error).__name__, "message": str(error)[:4096], "notes": [n[:4096] for n in notes]}
+        return {
+            "error": type(error).__name__,
+            "message": str(error)[:4096],
+            "notes": [n[:4096] for n in notes],
+        }
     return {"bytes": reader.bytes_read - before}
 
 

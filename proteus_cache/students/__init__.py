@@ -1,1 +1,1 @@
-"""The models that are trained: registry of sizes, the masked forward pass, and the heads that face the teacher."""
+"""The models that are trained: sizes, the masked forward pass, and the heads that face the teacher."""

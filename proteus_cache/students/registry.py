@@ -1,9 +1,9 @@
 """The four student sizes of Proteus, built as plain timm VisionTransformers.
 
-A student takes picture size, patch size and pixel statistics from the pack, so its token grid is the teacher's.
-Initialisation is the released one (timm's default for this class): truncated normal 0.02 for matrices and the
-position embedding, CLS normal 1e-6, zero biases, LayerScale 1.0, no drop path. A seed fixes every value.
-torch is imported only when a student is built.
+A student takes picture size, patch size and pixel statistics from the pack, so its token grid is the
+teacher's. Initialisation is the released one (timm's default for this class): truncated normal 0.02 for
+matrices and the position embedding, CLS normal 1e-6, zero biases, LayerScale 1.0, no drop path. A seed fixes
+every value. torch is imported only when a student is built.
 """
 
 from __future__ import annotations
@@ -64,7 +64,8 @@ def student_architecture(name: str, *, size_px: int, patch_px: int) -> dict[str,
         UsageError: unknown name.
         ConfigError: the patches do not tile the picture.
 
-    Source: BeSpontaneous/Proteus-pytorch models_proteus_dinov2 (DINOv2's ViT class, LayerScale 1.0, no registers).
+    Source: BeSpontaneous/Proteus-pytorch models_proteus_dinov2 (DINOv2's ViT class, LayerScale 1.0, no
+        registers).
     """
     size = student_size(name)
     if patch_px < 1 or size_px < patch_px or size_px % patch_px:
@@ -111,7 +112,8 @@ def build_student(
         "first_conv": "patch_embed.proj",
         "classifier": "head",
     }
-    student.default_cfg = student.pretrained_cfg = data_config
+    student.default_cfg = data_config  # type: ignore[assignment]  # plain attributes of every timm model
+    student.pretrained_cfg = data_config  # type: ignore[assignment]  # likewise
     return student
 
 

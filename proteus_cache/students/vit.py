@@ -49,10 +49,12 @@ def clean_and_masked_tokens(
     masked_MK: Tensor,
     mask_token: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Normed tokens of every image, and of some images once more with patches masked, in one pass over the blocks.
+    """Normed tokens of every image, and of some images once more with patches masked, in one pass over the
+    blocks.
 
-    The released code masks half of the images and forwards all of them twice; the clean repeats in its second pass
-    reach no loss, so this forwards the masked images only: the same numbers for 1.5 instead of 2 forwards.
+    The released code masks half of the images and forwards all of them twice; the clean repeats in its second
+    pass reach no loss, so this forwards the masked images only: the same numbers for 1.5 instead of 2
+    forwards.
 
     Args:
         student: no dropout and no drop path, else the two halves would draw noise of their own.

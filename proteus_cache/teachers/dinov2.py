@@ -10,13 +10,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-import timm
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from torch.nn import functional
 
 from proteus_cache.errors import UsageError
+from proteus_cache.teachers.backbone import build_vision_transformer, check_size, describe, load_into
 from proteus_cache.teachers.dinov2_models import (
     DEFAULT_SIZE_PX,
     DINOV2,
@@ -28,15 +28,12 @@ from proteus_cache.teachers.dinov2_models import (
     official_url,
     recognise,
 )
-from proteus_cache.teachers.identity import IMAGENET_MEAN, IMAGENET_STD, TeacherIdentity
-from proteus_cache.teachers.random_weights import random_state
+from proteus_cache.teachers.download import Progress, download
+from proteus_cache.teachers.identity import IMAGENET_MEAN, IMAGENET_STD
+from proteus_cache.teachers.random_weights import NO_LICENCE, random_state
 from proteus_cache.teachers.teacher import Teacher
-from proteus_cache.teachers.timm_model import build_vision_transformer, load_into
 from proteus_cache.teachers.weights import (
-    LoadedWeights,
-    Progress,
     RandomWeights,
-    download,
     fit_state,
     load_weights,
     parse_weights,
@@ -53,10 +50,11 @@ def fetch_dinov2(name: str, home: Path, progress: Progress | None = None, url: s
     Raises:
         WeightsError: no network, or the file is not of this model.
     """
-    path = official_path(name, home)
-    return download(
-        url or official_url(name), path, lambda raw: fit_dinov2(DINOV2[name], raw, name), progress
-    )
+
+    def fit(raw: dict[str, Tensor]) -> dict[str, Tensor]:
+        return fit_dinov2(DINOV2[name], raw, name)
+
+    return download(name, url or official_url(name), official_path(name, home), fit, progress)
 
 
 def load_dinov2(
@@ -65,47 +63,30 @@ def load_dinov2(
     """Build the DINOv2 teacher `name`; arguments and errors as `registry.load_teacher`."""
     architecture = DINOV2[name]
     side_px = DEFAULT_SIZE_PX if size_px is None else size_px
-    if side_px < PATCH_PX or side_px % PATCH_PX:
-        below = max(side_px // PATCH_PX, 1) * PATCH_PX
-        raise UsageError(f"{name} takes a size that is a multiple of {PATCH_PX}, got {side_px}; try {below}")
-    loaded, source, licence = _load(name, architecture, weights, home, progress)
-    identity = TeacherIdentity(
+    check_size(side_px, PATCH_PX, name)
+    chosen = parse_weights(weights) if weights is not None else None
+    if isinstance(chosen, RandomWeights):
+        state = random_state(_native_model(architecture), chosen.seed)
+        sha256, source, licence = state_digest(state), str(chosen), NO_LICENCE
+    else:
+        path = fetch_dinov2(name, home, progress) if chosen is None else chosen
+        loaded = load_weights(path, home, lambda raw: fit_dinov2(architecture, raw, name))
+        state, sha256 = loaded.state, loaded.sha256
+        source = official_url(name) if chosen is None else chosen.name
+        licence = LICENCE if chosen is None else f"unknown, local file (Meta's own weights: {LICENCE})"
+    model = build_dinov2(architecture, state, (side_px, side_px))
+    identity = describe(
+        model,
         name=name,
-        implementation=f"timm {timm.__version__} VisionTransformer",
         architecture=architecture.timm_arguments(side_px),
-        weights_source=source,
-        weights_sha256=loaded.sha256,
-        licence=licence,
         size_px=side_px,
-        patch_px=PATCH_PX,
-        width=architecture.width,
-        depth=architecture.depth,
-        n_register_tokens=architecture.n_register_tokens,
+        weights_source=source,
+        weights_sha256=sha256,
+        licence=licence,
         mean=IMAGENET_MEAN,
         std=IMAGENET_STD,
     )
-    return Teacher(build_dinov2(architecture, loaded.state, (side_px, side_px)), identity)
-
-
-def _load(
-    name: str, architecture: Dinov2Architecture, weights: str | None, home: Path, progress: Progress | None
-) -> tuple[LoadedWeights, str, str]:
-    """The tensors, where they came from, and their licence."""
-
-    def fit(raw: dict[str, Tensor]) -> dict[str, Tensor]:
-        return fit_dinov2(architecture, raw, name)
-
-    if weights is None:
-        return load_weights(fetch_dinov2(name, home, progress), home, fit), official_url(name), LICENCE
-    chosen = parse_weights(weights)
-    if isinstance(chosen, RandomWeights):
-        state = random_state(_native_model(architecture), chosen.seed)
-        return LoadedWeights(state, state_digest(state), {}), weights, "none, random weights"
-    return (
-        load_weights(chosen, home, fit),
-        chosen.name,
-        f"unknown, local file (the official weights are {LICENCE})",
-    )
+    return Teacher(model, identity)
 
 
 def build_dinov2(
@@ -167,7 +148,7 @@ def fit_dinov2(architecture: Dinov2Architecture, raw: Mapping[str, Tensor], name
     """
     shapes = {key: tuple(value.shape) for key, value in _native_model(architecture).state_dict().items()}
     looks_like = _looks_like(raw)
-    hint = f"it looks like {looks_like}" if looks_like and looks_like != name else ""
+    hint = f"they look like {looks_like}" if looks_like and looks_like != name else ""
     return fit_state(to_timm_names(raw), shapes, name, hint)
 
 

@@ -1,7 +1,8 @@
 """Random weights by DINOv2's official initialisation, the same bits on every machine.
 
-Linear weights, position embeddings and tokens are normal, biases zero, norms one and zero, LayerScale 1.0, and
-the patch convolution uniform as PyTorch draws it. Each tensor has its own stream keyed by (seed, name), so neither the number of threads nor the order of tensors matters. Normal numbers are quantiles looked up with 16
+Linear weights, position embeddings and tokens are normal, biases zero, norms one and zero, LayerScale 1.0,
+the patch convolution uniform as PyTorch draws it. Each tensor has its own stream, keyed by seed and name, so
+neither the number of threads nor the order of tensors matters. Normal numbers are quantiles looked up with 16
 random bits: integers and one table, where a library's normal sampler may differ from CPU to CPU.
 
 Source: facebookresearch/dinov2 at b8931f7b, `DinoVisionTransformer.init_weights` and `init_weights_vit_timm`.
@@ -25,6 +26,8 @@ from timm.layers.layer_scale import LayerScale
 from torch import Tensor, nn
 
 from proteus_cache.errors import UsageError
+
+NO_LICENCE = "none (random weights)"
 
 _Draw: TypeAlias = Callable[[tuple[int, ...], np.random.Philox], NDArray[np.float32]]
 _CHUNK = 1 << 20
@@ -80,7 +83,9 @@ def _rule(module: nn.Module, name: str) -> _Draw | None:
         return _constant(1.0)
     if isinstance(module, LayerScale) or name in ("gamma_1", "gamma_2"):
         return _constant(1.0)
-    return {"pos_embed": _normal(0.02), "cls_token": _normal(1e-6), "reg_token": _normal(1e-6)}.get(name)
+    if name in ("cls_token", "reg_token", "dist_token"):
+        return _normal(1e-6)
+    return _normal(0.02) if name == "pos_embed" else None
 
 
 def _constant(value: float) -> _Draw:

@@ -57,10 +57,12 @@ def load_teacher(
         from proteus_cache.teachers.dinov2 import load_dinov2
 
         return load_dinov2(name, weights=weights, home=home, size_px=size_px, progress=progress)
-    from proteus_cache.teachers.timm_model import load_timm, load_vit
-
     if name == "vit":
+        from proteus_cache.teachers.vit_file import load_vit
+
         return load_vit(weights=weights, home=home, size_px=size_px)
+    from proteus_cache.teachers.timm_model import load_timm
+
     return load_timm(name.removeprefix("timm:"), weights=weights, home=home, size_px=size_px)
 
 

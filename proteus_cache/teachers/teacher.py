@@ -1,8 +1,8 @@
 """The teacher: a frozen timm ViT, its identity, and a function from uint8 views to named targets.
 
 Target names: `cls` (CLS token after the final norm), `patch` (patch tokens after it), `block.N` (CLS and
-patch tokens after 0-based block N, final norm applied) and `block.N.raw` (the same without the norm). Register
-tokens are never part of a target. All names asked for come from one forward.
+patch tokens after 0-based block N, final norm applied) and `block.N.raw` (the same without the norm).
+Register tokens are never part of a target. All names asked for come from one forward.
 """
 
 from __future__ import annotations
@@ -14,15 +14,13 @@ from dataclasses import dataclass
 from typing import Literal, Self, TypeAlias, cast
 
 import torch
-from timm.models.eva import Eva
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from proteus_cache.errors import UsageError
+from proteus_cache.teachers.backbone import TokenModel
 from proteus_cache.teachers.identity import TeacherIdentity
 
 Precision: TypeAlias = Literal["fp32", "fp16", "bf16"]
-TokenModel: TypeAlias = VisionTransformer | Eva
 
 _AUTOCAST_DTYPE = {"fp16": torch.float16, "bf16": torch.bfloat16}
 _BLOCK = re.compile(r"block\.(0|[1-9][0-9]{0,3})(\.raw)?")

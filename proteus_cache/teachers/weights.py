@@ -1,4 +1,4 @@
-"""Weights on disk: local files, official downloads, their digest, and what to say when they do not fit.
+"""Weights on disk: local files, their digest, and what to say when they do not fit a model.
 
 A `.pth` is read by torch's restricted unpickler only (a pickle that asks for code is refused) and converted
 once to `HOME/weights/SHA256-OF-THE-FILE.safetensors`; from then on nothing is unpickled. A converted file
@@ -12,8 +12,7 @@ import json
 import logging
 import math
 import pickle
-import urllib.error
-import urllib.request
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -27,16 +26,12 @@ from torch import Tensor
 from proteus_cache import storage
 from proteus_cache.errors import ChecksumError, UsageError, WeightsError
 
-Progress: TypeAlias = Callable[[int, int | None], None]
-"""Called with bytes done and bytes in all (None where the server does not say)."""
 Fit: TypeAlias = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 """Raw tensors of a file -> the tensors that a model takes, all names and shapes checked, or WeightsError."""
 
 _log = logging.getLogger(__name__)
 _PICKLES = (".pth", ".pt", ".bin")
 _DIGEST_KEY = "proteus_cache_state_sha256"
-_DOWNLOAD_BYTES = 1 << 20
-_TIMEOUT_S = 60.0
 _SAFETENSORS_DTYPE = {
     torch.float32: "F32",
     torch.float16: "F16",
@@ -50,6 +45,9 @@ class RandomWeights:
     """`--weights random:SEED`."""
 
     seed: int
+
+    def __str__(self) -> str:
+        return f"random:{self.seed}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +109,7 @@ def load_weights(path: Path, home: Path, fit: Fit) -> LoadedWeights:
     _, source = storage.sha256_of(path)
     converted = home / "weights" / f"{source}.safetensors"
     if not converted.is_file():
-        return _convert(path, converted, fit)
+        return convert_pickle(path, converted, fit, str(path))
     _log.info("reading weights converted=%s of=%s", converted, path.name)
     return _load_safetensors(converted, fit)
 
@@ -132,7 +130,7 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 
 def fit_state(
-    state: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], what: str, hint: str
+    state: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], what: str, hint: str = ""
 ) -> dict[str, Tensor]:
     """Check names, shapes and types, and return contiguous float32 tensors.
 
@@ -177,7 +175,7 @@ def _load_safetensors(path: Path, fit: Fit) -> LoadedWeights:
             raw = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
     except (SafetensorError, OSError) as error:
         raise WeightsError(f"{path}: not a readable safetensors file ({error})") from error
-    state = _fitted(raw, path, fit)
+    state = _fitted(raw, str(path), fit)
     sha256 = state_digest(state)
     if metadata.get(_DIGEST_KEY, sha256) != sha256:
         raise ChecksumError(
@@ -186,50 +184,47 @@ def _load_safetensors(path: Path, fit: Fit) -> LoadedWeights:
     return LoadedWeights(state, sha256, metadata)
 
 
-def _fitted(raw: dict[str, Tensor], path: Path, fit: Fit) -> dict[str, Tensor]:
+def _fitted(raw: dict[str, Tensor], shown: str, fit: Fit) -> dict[str, Tensor]:
     try:
         return fit(raw)
     except WeightsError as error:
-        raise WeightsError(f"{path}: {error}") from error
+        raise WeightsError(f"{shown}: {error}") from error
 
 
-def _convert(path: Path, converted: Path, fit: Fit) -> LoadedWeights:
-    """Unpickle `path` under restrictions, write what fits as `converted`, and return it."""
-    state = _fitted(_unpickle(path), path, fit)
+def convert_pickle(path: Path, converted: Path, fit: Fit, shown: str) -> LoadedWeights:
+    """Unpickle `path` under restrictions, write what fits as the safetensors file `converted`, and return it.
+
+    Args:
+        shown: what messages call `path`.
+    """
+    state = _fitted(_unpickle(path, shown), shown, fit)
     sha256 = state_digest(state)
     storage.make_folder(converted.parent)
     temp = converted.parent / storage.temp_name(converted.name)
     storage.write_new(temp, _safetensors_chunks(state, {_DIGEST_KEY: sha256}))
     storage.publish(temp, converted)
-    _log.info("converted weights from=%s to=%s", path, converted)
+    _log.info("converted weights from=%s to=%s", shown, converted)
     return LoadedWeights(state, sha256, {})
 
 
-def _unpickle(path: Path) -> dict[str, Tensor]:
+def _unpickle(path: Path, shown: str) -> dict[str, Tensor]:
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's advice on pickle protocols is no news to a user
+            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         raise WeightsError(
-            f"{path}: refused, its pickle holds something other than plain tensors (possibly code to run): "
+            f"{shown}: refused, its pickle holds something other than plain tensors (possibly code to run): "
             f"{_wanted(error)}; use the official file, or convert it to safetensors where you trust it"
         ) from error
-    except (
-        RuntimeError,
-        EOFError,
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        IndexError,
-        OSError,
-    ) as error:
-        raise WeightsError(f"{path}: not a readable PyTorch weights file ({_line(error)})") from error
+    except Exception as error:  # a damaged pickle can make the unpickler raise anything
+        raise WeightsError(f"{shown}: not a readable PyTorch weights file ({_line(error)})") from error
     if not isinstance(loaded, dict) or not all(isinstance(name, str) for name in loaded):
-        raise WeightsError(f"{path}: holds a {type(loaded).__name__}, not a state dict (name -> tensor)")
+        raise WeightsError(f"{shown}: holds a {type(loaded).__name__}, not a state dict (name -> tensor)")
     other = sorted(name for name, value in loaded.items() if not isinstance(value, Tensor))
     if other:
         raise WeightsError(
-            f"{path}: not a plain state dict: {other[0]!r} is no tensor; save the backbone's state dict alone"
+            f"{shown}: not a plain state dict: {other[0]!r} is no tensor; save the backbone's weights alone"
         )
     return {name: value.detach() for name, value in loaded.items()}
 
@@ -269,50 +264,3 @@ def _safetensors_chunks(
     yield len(text).to_bytes(8, "little") + text
     for name in sorted(state):
         yield _bytes_of(state[name])
-
-
-def download(url: str, final: Path, fit: Fit, progress: Progress | None) -> Path:
-    """Fetch a `.pth` once, convert it, and publish it as the safetensors file `final`; returns `final`.
-
-    The download is streamed to a temporary file beside `final`, synced, read under restrictions and removed.
-
-    Raises:
-        WeightsError: the network or server does not give it, or it is not what the URL promises.
-    """
-    if final.is_file():
-        return final
-    storage.make_folder(final.parent)
-    temp = final.parent / f"{storage.temp_name(final.stem)}.pth"
-    try:
-        written = storage.write_new(temp, _stream(url, final, progress))
-        _log.info("downloaded url=%s bytes=%d sha256=%s", url, written.size, written.sha256)
-        _convert(temp, final, fit)
-    finally:
-        storage.remove(temp)
-    return final
-
-
-def _stream(url: str, final: Path, progress: Progress | None) -> Iterator[bytes]:
-    try:
-        with urllib.request.urlopen(url, timeout=_TIMEOUT_S) as answer:
-            promised = answer.headers.get("Content-Length")
-            total = int(promised) if promised else None
-            done = 0
-            while chunk := answer.read(_DOWNLOAD_BYTES):
-                done += len(chunk)
-                if progress is not None:
-                    progress(done, total)
-                yield chunk
-    except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
-        reason = getattr(error, "reason", None) or error
-        raise WeightsError(_no_download(url, final, str(reason))) from error
-    if total is not None and done != total:
-        raise WeightsError(_no_download(url, final, f"it ended after {done:,} of {total:,} bytes"))
-
-
-def _no_download(url: str, final: Path, reason: str) -> str:
-    name = final.stem.removesuffix("_pretrain").replace("_reg4", "_reg")
-    return (
-        f"cannot download {url} ({reason}); run `proteus-cache fetch {name}` on a connected machine that "
-        f"shares this PROTEUS_HOME (it writes {final}), or pass --weights FILE"
-    )

@@ -5,8 +5,9 @@
     optimizer.safetensors    AdamW's moments and step counts, by parameter name
     state.json               sealed, written last: the step, what the run is, size and SHA-256 of every file
 
-A checkpoint is written into a folder of its own, synced, renamed, its state read back, and only then are older ones
-removed. No pickle. A folder whose state or files do not verify is never loaded: the one before it is, with a warning.
+A checkpoint is written into a folder of its own, synced, renamed, its state read back, and only then are
+older ones removed. No pickle. A folder whose state or files do not verify is never loaded: the one before it
+is, with a warning.
 """
 
 from __future__ import annotations
@@ -140,7 +141,8 @@ def newest_checkpoint(folder: Path) -> Checkpoint | None:
             )
     if steps:
         raise DamageError(
-            f"{folder}: none of the {len(steps)} checkpoints is whole; remove them and start the run again without --resume"
+            f"{folder}: none of the {len(steps)} checkpoints is whole; remove them and start again "
+            "without --resume"
         )
     return None
 
@@ -159,7 +161,7 @@ def load_checkpoint(folder: Path, step: int) -> Checkpoint:
 
 
 def _verify(path: Path, *, digests: bool = True) -> CheckpointState:
-    """The state of a checkpoint whose files all have the size, and the digest unless told otherwise, that it names."""
+    """The state of a checkpoint whose files have the sizes (and digests, unless told otherwise) it names."""
     state = CheckpointState.parse(storage.read_bytes(path / _STATE, _MAX_STATE_BYTES), str(path / _STATE))
     if sorted(state.files) != sorted(TENSOR_FILES):
         raise FormatError(f"{path / _STATE}: names the files {', '.join(sorted(state.files))}")

@@ -1,7 +1,7 @@
 """Everything that a training run is made of. The defaults are the released Proteus recipe.
 
-`identity` names the fields that change results: a resumed run must have the same. The others (where, how fast, how
-often to save) may change between two starts of one run.
+`identity` names the fields that change results: a resumed run must have the same. The others (where, how
+fast, how often to save) may change between two starts of one run.
 """
 
 from __future__ import annotations
@@ -14,12 +14,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import UnionType
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from proteus_cache.errors import ConfigError
 from proteus_cache.students.registry import student_size
 
 Precision = Literal["fp32", "fp16", "bf16"]
+Setting: TypeAlias = str | int | float | bool | None
+"""A field as YAML and JSON hold it."""
 _FREE_FIELDS = frozenset(
     {
         *("data", "out", "max_steps", "workers", "device", "precision", "accumulate"),
@@ -57,9 +59,9 @@ class TrainConfig:
     min_lr: float = 1e-5
     """Floor of the cosine, not scaled with the batch."""
     schedule_lag_epochs: int = 1
-    """Epochs that the schedule lags: 1 as released (the first two epochs run at `warmup_lr`), 0 for a plain one."""
+    """Epochs that the schedule lags: 1 as released (two epochs run at `warmup_lr`), 0 for a plain one."""
     weight_decay: float = 0.05
-    """AdamW's decay of everything with two axes or more: position embedding, CLS and mask token too, as released."""
+    """AdamW's decay of all with two axes or more: position embedding, CLS and mask token too, as released."""
     beta1: float = 0.9
     beta2: float = 0.999
     adam_eps: float = 1e-8
@@ -67,20 +69,20 @@ class TrainConfig:
     """Of the average of the student's weights, every step, without warm-up."""
 
     weight_token: float = 1.0
-    """Weight of the token loss; a loss of weight 0 is not computed, and a head that none needs is not made."""
+    """Of the token loss; a loss of weight 0 is not computed, and a head that none needs is not made."""
     weight_feature: float = 1.0
     weight_patch: float = 1.0
     mask_ratio: float = 0.5
     """Share of the patches hidden in each image of the masked half."""
 
     precision: Precision | None = None
-    """Of the forward pass; None: bf16 on a GPU that has it, fp16 with loss scaling on another, fp32 on a CPU."""
+    """Of the forward pass; None: bf16 on a GPU that has it, scaled fp16 on another, fp32 on a CPU."""
     device: Literal["cpu", "cuda"] | None = None
     """None: the GPU when there is one."""
     workers: int | None = None
     """Reader processes of each rank; 0 reads in the training process; None: from the usable cores."""
     accumulate: int = 1
-    """Parts that each process cuts its share of the batch into, to save memory; the mean is over the whole batch."""
+    """Parts that each process cuts its share of the batch into, to save memory; means stay the batch's."""
     checkpoint_every: int = 1000
     """Steps between checkpoints; the last step always writes one."""
     keep_checkpoints: int = 2
@@ -145,15 +147,16 @@ class TrainConfig:
         needs_patch = self.weight_feature > 0 or self.weight_patch > 0
         return ("cls",) * needs_cls + ("patch",) * needs_patch
 
-    def to_mapping(self) -> dict[str, object]:
+    def to_mapping(self) -> dict[str, Setting]:
         """All fields as plain values, for YAML and JSON."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
 
-    def identity(self) -> dict[str, object]:
+    def identity(self) -> dict[str, Setting]:
         """The fields that change results, with defaults that depend on others filled in.
 
-        Precision changes them too, but its default depends on the hardware: a checkpoint keeps the one that was used.
+        Precision changes them too, but its default depends on the hardware: a checkpoint keeps the one that
+        was used.
         """
         values = {name: value for name, value in self.to_mapping().items() if name not in _FREE_FIELDS}
         return values | {"batch_size": self.global_batch, "lr": self.peak_lr}

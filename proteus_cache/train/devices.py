@@ -1,10 +1,13 @@
 """Device, precision and processes of a run, through Accelerate.
 
-Accelerate reads a launcher's environment (torchrun, `accelerate launch`), wraps the model for data-parallel training
-and autocast, and scales fp16 losses. It does not see the loader: it would shard what is sharded already.
+Accelerate reads a launcher's environment (torchrun, `accelerate launch`), wraps the model for data-parallel
+training and autocast, and scales fp16 losses. It does not see the loader: it would shard what is sharded
+already.
 """
 
 from __future__ import annotations
+
+import os
 
 import torch
 from accelerate import Accelerator
@@ -58,3 +61,8 @@ def make_accelerator(device: str, precision: Precision) -> Accelerator:
         kwargs_handlers=[ddp],
         step_scheduler_with_optimizer=False,
     )
+
+
+def ranks_here(accelerator: Accelerator) -> int:
+    """Processes of this run on this machine, as the launcher says; all of them when it does not."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))

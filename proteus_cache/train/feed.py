@@ -66,7 +66,9 @@ class DeviceFeed:
         self._config = config
         self._n_patches = n_patches
         self._device = device
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._stream: torch.cuda.Stream | None = None
+        if device.type == "cuda":
+            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # untyped in torch
 
     def __iter__(self) -> Iterator[DeviceBatch]:
         ahead = self._next()
@@ -142,7 +144,7 @@ class DeviceClock:
     def begin(self) -> None:
         """A step's work starts to be queued."""
         if self._device.type == "cuda":
-            self._open = torch.cuda.Event(enable_timing=True)
+            self._open = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]  # untyped in torch
             self._open.record(torch.cuda.current_stream(self._device))
         else:
             self._began = time.perf_counter()
@@ -150,7 +152,7 @@ class DeviceClock:
     def end(self) -> None:
         """A step's work is queued (on a CPU: done)."""
         if self._open is not None:
-            done = torch.cuda.Event(enable_timing=True)
+            done = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]  # likewise
             done.record(torch.cuda.current_stream(self._device))
             self._events.append((self._open, done))
         else:
@@ -158,7 +160,7 @@ class DeviceClock:
 
     def take(self) -> float:
         """Seconds since the last call; on a GPU only after the last step's results were fetched."""
-        busy_s = self._busy_s + sum(begin.elapsed_time(end) for begin, end in self._events) / 1000
+        busy_s: float = self._busy_s + sum(begin.elapsed_time(end) for begin, end in self._events) / 1000
         self._events.clear()
         self._busy_s = 0.0
         return busy_s

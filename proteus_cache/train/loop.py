@@ -1,8 +1,9 @@
 """Training from a pack: the loop that joins loader, student, losses, schedule, checkpoints and logs.
 
 Nothing in a step waits for the GPU: batches, masks and losses move asynchronously, and losses are fetched
-`log_every` steps at a time. What a step computes depends on the config, the pack and the step alone, so a run that was
-stopped and resumed ends with the same bytes as one that was not (on a CPU; GPUs add in an order of their own).
+`log_every` steps at a time. What a step computes depends on the config, the pack and the step alone, so a run
+that was stopped and resumed ends with the same bytes as one that was not (on a CPU; GPUs add in an order of
+their own).
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from proteus_cache.train.checkpoint import (
     write_checkpoint,
 )
 from proteus_cache.train.config import TrainConfig
-from proteus_cache.train.devices import make_accelerator, resolve_device, resolve_precision
+from proteus_cache.train.devices import make_accelerator, ranks_here, resolve_device, resolve_precision
 from proteus_cache.train.feed import DeviceBatch, DeviceClock, DeviceFeed, cut
 from proteus_cache.train.masking import n_masked_images
 from proteus_cache.train.model import build_distillation
@@ -100,8 +101,8 @@ def train(
 ) -> TrainResult:
     """Train a student, or go on training it.
 
-    One process of a run: a launcher's environment (RANK, WORLD_SIZE, ...) says which. Ctrl-C, SIGTERM or SIGUSR1 end it
-    at the next step border with a checkpoint.
+    One process of a run: a launcher's environment (RANK, WORLD_SIZE, ...) says which. Ctrl-C, SIGTERM or
+    SIGUSR1 end it at the next step border with a checkpoint.
 
     Args:
         config: the run.
@@ -184,12 +185,13 @@ def _check_identity(run: _Run, state: CheckpointState) -> None:
     for name in sorted(now.keys() | then.keys()):
         if now.get(name) != then.get(name):
             raise UsageError(
-                f"{run.config.out}: its checkpoint was made with {name} {then.get(name)}, and now it is {now.get(name)}; "
-                "resume with the same settings, or choose another --out"
+                f"{run.config.out}: its checkpoint was made with {name} {then.get(name)}, and now it is "
+                f"{now.get(name)}; resume with the same settings, or choose another --out"
             )
     if state.world_size != run.accelerator.num_processes:
         log.warning(
-            "resumed with processes=%d instead of %d: the same batches, but sums in another order, so last bits differ",
+            "resumed with processes=%d instead of %d: the same batches, but sums in another order, so last "
+            "bits differ",
             run.accelerator.num_processes,
             state.world_size,
         )
@@ -231,13 +233,13 @@ def _open_loader(run: _Run, first_step: int) -> Loader:
         last_step=max(first_step, run.n_steps),
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
-        n_workers=n_readers(run.config, accelerator.num_processes),
+        n_workers=n_readers(run.config, ranks_here(accelerator)),
         pin=accelerator.device.type == "cuda",
     )
 
 
 def n_readers(config: TrainConfig, n_ranks: int) -> int:
-    """Reader processes of each rank: as asked for, or its share of the usable cores less one for training."""
+    """Reader processes of each rank of a machine: as asked for, or its share of the cores less one."""
     if config.workers is not None:
         return config.workers
     return max(1, usable_cores() // n_ranks - 1)
@@ -372,8 +374,8 @@ class _Steps:
             f"the checkpoint of step {self._saved:,} is good" if self._saved else "there is no checkpoint yet"
         )
         return (
-            f"the loss of step {step:,} is not finite ({stated}); {saved}. Start again with a lower --lr or with "
-            "--precision fp32 in another --out"
+            f"the loss of step {step:,} is not finite ({stated}); {saved}. Start again with a lower --lr "
+            "or with --precision fp32, in another --out"
         )
 
     def _save(self, done: int) -> None:

@@ -1,7 +1,8 @@
 """Which patches of which images the student does not see.
 
-The image at position p of the global batch is masked if p is odd; a masked image hides a fixed number of uniformly
-random patches. Draws are keyed by (seed, step, p): neither ranks nor workers nor a resumed run change them.
+The image at position p of the global batch is masked if p is odd; a masked image hides a fixed number of
+uniformly random patches. Draws are keyed by (seed, step, p): neither ranks nor workers nor a resumed run
+change them.
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ def draw_masks(
 ) -> npt.NDArray[np.int64]:
     """Masked patch positions of every odd position.
 
-    A Philox stream keyed by BLAKE2b(seed, step) gives image p the words from p * n_patches (rounded up to whole
-    blocks of four) on; the `n_masked` patches with the smallest words are masked. Only Philox's raw words are
-    used, which are the same for every NumPy.
+    A Philox stream keyed by BLAKE2b(seed, step) gives image p the words from p * n_patches (rounded up to
+    whole blocks of four) on; the `n_masked` patches with the smallest words are masked. Only Philox's raw
+    words are used, which are the same for every NumPy.
 
     Args:
         seed: of the run.

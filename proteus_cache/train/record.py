@@ -14,7 +14,6 @@ from proteus_cache.students.registry import student_metadata
 from proteus_cache.train.config import TrainConfig
 from proteus_cache.train.progress import Rates
 from proteus_cache.train.run_folder import (
-    CONFIG,
     EMA,
     HEADS,
     METRICS,
@@ -151,4 +150,4 @@ def _is_installed(name: str) -> bool:
 def _open_board(config: TrainConfig, first_step: int) -> SummaryWriter:
     from torch.utils.tensorboard import SummaryWriter
 
-    return SummaryWriter(log_dir=str(config.out / TENSORBOARD), purge_step=first_step + 1)  # type: ignore[no-untyped-call]
+    return SummaryWriter(log_dir=str(config.out / TENSORBOARD), purge_step=first_step + 1)

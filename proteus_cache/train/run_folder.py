@@ -9,8 +9,8 @@
     heads.safetensors        mask token and heads
     ema.safetensors          average weights and the share of the initialisation in them
 
-Steps are counted from 1 here: the line of step 4 is what the fourth step computed, and the checkpoint of step 4
-holds its result.
+Steps are counted from 1 here: the line of step 4 is what the fourth step computed, and the checkpoint of step
+4 holds its result.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ def check_run_folder(out: Path, *, resume: bool) -> None:
     """Refuse a folder that a run must not be written to.
 
     Raises:
-        UsageError: `out` is a file or holds something else, or holds checkpoints and the run is not to be resumed.
+        UsageError: `out` is a file or holds something else, or holds checkpoints and the run is not to be
+            resumed.
     """
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out}: is a file; --out names the folder of a run")
@@ -53,7 +54,8 @@ def check_run_folder(out: Path, *, resume: bool) -> None:
     steps = checkpoint_steps(out / CHECKPOINTS)
     if steps and not resume:
         raise UsageError(
-            f"{out}: holds checkpoints (the newest is of step {steps[-1]:,}); go on with --resume, or choose another --out"
+            f"{out}: holds checkpoints (the newest is of step {steps[-1]:,}); go on with --resume, "
+            "or choose another --out"
         )
 
 
@@ -68,7 +70,7 @@ def files_to_replace(out: Path, *, resume: bool) -> list[str]:
 
 
 def clear_leftovers(out: Path, *, is_new: bool) -> None:
-    """Remove unfinished files of killed writers and, for a run that starts anew, the results of another one."""
+    """Remove unfinished files of killed writers and, for a new run, the results of another one."""
     for name in storage.list_folder(out):
         is_unfinished = name.startswith(".") and any(name.startswith(f".{ours}.") for ours in _OURS)
         if is_unfinished or (is_new and name in (STUDENT, HEADS, EMA)):

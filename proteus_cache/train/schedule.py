@@ -1,7 +1,8 @@
 """The learning rate of every epoch, in closed form: linear warm-up, then half a cosine to a floor.
 
-One rate for a whole epoch, as released. The released loop steps its scheduler with the index of the epoch just
-finished, so everything lags one epoch and the first two both run at the warm-up rate (`schedule_lag_epochs`).
+One rate for a whole epoch, as released. The released loop steps its scheduler with the index of the epoch
+just finished, so everything lags one epoch and the first two both run at the warm-up rate
+(`schedule_lag_epochs`).
 """
 
 from __future__ import annotations

@@ -19,15 +19,15 @@ def check_targets(pack: Pack, config: TrainConfig) -> None:
     if missing:
         losses = [name for name, weight in _weights(config).items() if weight > 0]
         raise UsageError(
-            f"{pack.path}: the {', '.join(losses)} losses need the targets {', '.join(config.targets)}, and the pack holds "
-            f"only {', '.join(shapes)}; pack the cache with --targets {','.join(config.targets)}, or set the weight of the "
-            "losses that need them to 0"
+            f"{pack.path}: the {', '.join(losses)} losses need the targets {', '.join(config.targets)}, and "
+            f"the pack holds only {', '.join(shapes)}; pack the cache with "
+            f"--targets {','.join(config.targets)}, or set the weight of the losses that need them to 0"
         )
     side = pack.side_px // pack.teacher.patch_px
     if "patch" in config.targets and shapes["patch"][0] != side * side:
         raise UsageError(
-            f"{pack.path}: holds {shapes['patch'][0]} patch targets a view, and a student with the teacher's patches has "
-            f"{side} x {side}; this pack cannot train one"
+            f"{pack.path}: holds {shapes['patch'][0]} patch targets a view, and a student with the "
+            f"teacher's patches has {side} x {side}; this pack cannot train one"
         )
 
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
-from timm.utils import ModelEmaV3
+from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
 
 from proteus_cache.errors import FormatError
 from proteus_cache.train.checkpoint import Checkpoint
@@ -29,7 +30,7 @@ class TrainingState:
     """Accelerate's wrapper of `adamw`, which knows of loss scaling."""
     ema: ModelEmaV3
     """Average of the student alone."""
-    scaler: torch.amp.GradScaler | None
+    scaler: GradScaler | None
 
 
 def make_state(bare: Distillation, config: TrainConfig, accelerator: Accelerator) -> TrainingState:
@@ -51,8 +52,8 @@ def make_state(bare: Distillation, config: TrainConfig, accelerator: Accelerator
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, object]]:
     """Decayed and undecayed parameters, in the order of the module.
 
-    Only parameters with one axis go without decay (biases, norms, LayerScale). Position embedding, CLS and mask token
-    are decayed: the released wrapper exposes no list of exceptions.
+    Only parameters with one axis go without decay (biases, norms, LayerScale). Position embedding, CLS and
+    mask token are decayed: the released wrapper exposes no list of exceptions.
 
     Source: Proteus-pytorch, timm optim_factory add_weight_decay on MetaArch.
     """

@@ -1,4 +1,4 @@
-"""Asking a run to stop: Ctrl-C, SIGTERM and SIGUSR1 are heard at the next step border, not in the middle of one."""
+"""Asking a run to stop: Ctrl-C, SIGTERM and SIGUSR1 are heard at the next step border."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 class StopRequest:
     """Listens while it is open; the handlers that were there before come back afterwards.
 
-    A second Ctrl-C raises KeyboardInterrupt at once. Outside the main thread, where Python allows no handlers, nothing
-    is heard.
+    A second Ctrl-C raises KeyboardInterrupt at once. Outside the main thread, where Python allows no
+    handlers, nothing is heard.
     """
 
     def __init__(self) -> None:

@@ -27,19 +27,13 @@ class TargetDecoder(nn.Module):
 
     def __init__(self, targets: tuple[CodedTarget, ...]) -> None:
         super().__init__()
-        self._places = {
-            target.name: slice(target.offset, target.offset + target.codec.code_bytes) for target in targets
-        }
-        self._codecs = nn.ModuleDict({_module_name(target.name): target.codec for target in targets})
+        self._places = tuple((target.name, target.offset, target.codec) for target in targets)
+        self._codecs = nn.ModuleList(target.codec for target in targets)  # moved to a device with this module
         self.requires_grad_(False)
 
     def forward(self, codes: Tensor) -> dict[str, Tensor]:
         """(b, code_bytes) uint8 to float32 (b, *shape) by target name."""
         return {
-            name: self._codecs[_module_name(name)](codes[:, place]) for name, place in self._places.items()
+            name: codec.decode(codes[:, offset : offset + codec.code_bytes])
+            for name, offset, codec in self._places
         }
-
-
-def _module_name(target: str) -> str:
-    """Names of modules hold no dot."""
-    return target.replace(".", "_")

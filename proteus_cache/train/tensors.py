@@ -1,8 +1,8 @@
 """Tensor files: safetensors whose bytes depend on nothing but their content.
 
-The safetensors library orders metadata by a hash that differs from process to process, so the same weights give
-different files. This writes the same format with sorted keys, tensor after tensor, so that a big state is never
-copied as a whole. Reading is the library's.
+The safetensors library orders metadata by a hash that differs from process to process, so the same weights
+give different files. This writes the same format with sorted keys, tensor after tensor, so that a big state
+is never copied as a whole. Reading is the library's.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _DTYPES = {
 
 
 def tensor_chunks(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterator[np.ndarray | bytes]:
-    """The bytes of a safetensors file: the header, then each tensor in the order of its name.
+    """The bytes of a safetensors file: the header, then the tensors (widest types first, then by name).
 
     Args:
         tensors: name -> tensor on any device; float32, float16, bfloat16, int64 or uint8.
@@ -68,6 +68,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})
+            names: list[str] = file.keys()
+            return {name: file.get_tensor(name) for name in names}, dict(file.metadata() or {})
     except (SafetensorError, OSError) as error:
         raise FormatError(f"{path}: not a readable safetensors file ({error})") from error

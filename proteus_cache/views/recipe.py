@@ -26,7 +26,7 @@ from pydantic import Field, ValidationError, model_validator
 from proteus_cache.documents import Document, canonical
 from proteus_cache.errors import FormatError
 from proteus_cache.views.draws import Draws
-from proteus_cache.views.spec import ViewSpec, check_view
+from proteus_cache.views.spec import MAX_SIZE_PX, ViewSpec, check_view
 
 OpName: TypeAlias = Literal[
     "auto_contrast",
@@ -67,6 +67,7 @@ _LONGEST = 4
 _NOISE_SEEDS = 2**53
 
 _Pixels: TypeAlias = Annotated[int, Field(ge=1)]
+_Resized: TypeAlias = Annotated[int, Field(ge=1, le=5 * MAX_SIZE_PX)]
 _Offset: TypeAlias = Annotated[int, Field(ge=0)]
 
 
@@ -105,7 +106,7 @@ class Recipe(Document):
 
     crop: Box
     """What is taken of the source image."""
-    resized: tuple[_Pixels, _Pixels]
+    resized: tuple[_Resized, _Resized]
     """(width, height) that the crop is resized to, bicubic."""
     cut: tuple[_Offset, _Offset]
     """(left, top) of the view in the resized crop."""
@@ -127,7 +128,11 @@ class Recipe(Document):
         """
         try:
             return cls.model_validate_json(canonical(value))
-        except (ValidationError, ValueError) as error:
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise FormatError(f"recipe: {where}: {first['msg']}") from error
+        except ValueError as error:
             raise FormatError(f"recipe: {error}") from error
 
 

@@ -47,9 +47,8 @@ def read_source(path: Path) -> Source:
     """Read and decode one image file.
 
     Raises:
-        BadImageError: empty, not JPEG or PNG, cut off, damaged, or larger than the limits; names file and
-        reason. StorageError: the file cannot be opened or read, or is not a regular file; nothing is said of
-        the image.
+        BadImageError: empty, not JPEG or PNG, cut off, damaged or too large; names the file and the reason.
+        StorageError: it cannot be opened or read, or is not a regular file; that says nothing of the image.
     """
     data = _read(path)
     image = _decode(data, path)
@@ -60,21 +59,29 @@ def _read(path: Path) -> bytes:
     try:
         # Without O_NONBLOCK a pipe that took the file's place would block for ever.
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        with open(descriptor, "rb") as file:
-            status = os.fstat(descriptor)
-            if not stat.S_ISREG(status.st_mode):
-                raise OSError(errno.EINVAL, "not a regular file")
-            if status.st_size > MAX_SOURCE_BYTES:
-                raise BadImageError(f"{path}: {status.st_size:,} bytes, more than {MAX_SOURCE_BYTES:,}")
-            data = file.read(status.st_size + 1)
-            if len(data) != status.st_size:
-                raise OSError(errno.EAGAIN, "changed while it was read")
+        try:
+            data = _read_all(descriptor, path)
+        finally:
+            os.close(descriptor)
     except OSError as error:
         reason = error.strerror or str(error)
         raise StorageError(
             f"{path}: cannot be read: {reason}; put the file back or make it readable, and run the same "
             "command again"
         ) from error
+    return data
+
+
+def _read_all(descriptor: int, path: Path) -> bytes:
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EINVAL, "not a regular file")
+    if status.st_size > MAX_SOURCE_BYTES:
+        raise BadImageError(f"{path}: {status.st_size:,} bytes, more than {MAX_SOURCE_BYTES:,}")
+    with open(descriptor, "rb", closefd=False) as file:
+        data = file.read(status.st_size + 1)
+    if len(data) != status.st_size:
+        raise OSError(errno.EAGAIN, "changed while it was read")
     return data
 
 

@@ -1,4 +1,3 @@
-"""A small pack written without cache or teacher: real tars, indices and pack.json, made-up codes and pixels."""
 
 from __future__ import annotations
 
@@ -52,7 +51,9 @@ def write_pack(
             samples = [_sample(view, row, side_px, view_format, targets) for row in kept]
             extension = "png" if view_format == "png" else "jpg"
             written = write_new(root / view / f"{shard_stem(shard)}.tar", tar_buffers(samples, extension))
-            tars.append(PackTar(size=written.size, sha256=written.sha256, n_samples=len(samples)))
+            tars.append(
+                PackTar(size=written.size, sha256=written.sha256, receipt="f" * 64, n_samples=len(samples))
+            )
             records.append(make_records(samples, shard))
         packed[view] = _packed_view(root, view, code_bytes, tars, records)
     document = PackDocument(
@@ -85,7 +86,6 @@ def expected_codes(view: str, row: int, targets: list[PackTarget]) -> list[NDArr
 
 
 def expected_view(view: str, row: int, side_px: int) -> NDArray[np.uint8]:
-    """The pixels of one view before they are encoded: noise that is smooth enough to look like a photograph."""
     from PIL import Image
 
     rng = np.random.default_rng([row, 77, 9999 if view == "probe" else int(view[1:])])
@@ -105,7 +105,9 @@ def _sample(view: str, row: int, side_px: int, view_format: str, targets: list[P
     return PackedSample(key_of(row), row, row % 2, data, seal(document), expected_codes(view, row, targets))
 
 
-def _packed_view(root: Path, view: str, code_bytes: int, tars: list[PackTar], records: list[Records]) -> PackView:
+def _packed_view(
+    root: Path, view: str, code_bytes: int, tars: list[PackTar], records: list[Records]
+) -> PackView:
     written = write_new(root / f"{view}.idx", index_buffers(view_index(view), code_bytes, records))
     index = FileRecord(size=written.size, sha256=written.sha256)
     return PackView(index=index, n_samples=sum(tar.n_samples for tar in tars), tars=tars)
@@ -114,19 +116,27 @@ def _packed_view(root: Path, view: str, code_bytes: int, tars: list[PackTar], re
 def _targets(patch_bytes: int | None) -> list[PackTarget]:
     if patch_bytes is not None:
         record = CodecRecord(
-            name="int8", code_bytes=patch_bytes, parameters="d" * 64, array_dtype="uint8", array_shape=[patch_bytes]
+            name="int8",
+            code_bytes=patch_bytes,
+            parameters="d" * 64,
+            array_dtype="uint8",
+            array_shape=[patch_bytes],
         )
         return [PackTarget(name="patch", shape=[N_PATCHES, WIDTH], codec=record, offset=0)]
     cls = _dense([WIDTH])
     return [
         PackTarget(name="cls", shape=[WIDTH], codec=cls, offset=0),
-        PackTarget(name="patch", shape=[N_PATCHES, WIDTH], codec=_dense([N_PATCHES, WIDTH]), offset=cls.code_bytes),
+        PackTarget(
+            name="patch", shape=[N_PATCHES, WIDTH], codec=_dense([N_PATCHES, WIDTH]), offset=cls.code_bytes
+        ),
     ]
 
 
 def _dense(shape: list[int]) -> CodecRecord:
     size = 2 * int(np.prod(shape))
-    return CodecRecord(name="float16", code_bytes=size, parameters=None, array_dtype="float16", array_shape=shape)
+    return CodecRecord(
+        name="float16", code_bytes=size, parameters=None, array_dtype="float16", array_shape=shape
+    )
 
 
 def _teacher(side_px: int) -> TeacherRecord:

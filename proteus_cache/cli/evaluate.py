@@ -1,0 +1,49 @@
+"""`proteus-cache eval`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from proteus_cache.cli import settings, terminal
+
+
+@terminal.command("eval keeps nothing: run it again")
+def evaluate_command(
+    run: Annotated[Path, typer.Argument(help="A finished run.")],
+    images: Annotated[
+        Path | None, typer.Option(help="Class folders, or train and test (or val) with class folders in them.")
+    ] = None,
+    protocol: Annotated[str, typer.Option(help="knn: k nearest neighbours on CLS, as DINOv2 does it.")] = "knn",
+    teacher: Annotated[str | None, typer.Option(help="A teacher to compare with.")] = None,
+    weights: Annotated[str | None, typer.Option(help="Its weights, as for extract.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the split of images that come without parts.")] = 0,
+    batch_size: Annotated[int, typer.Option(help="Images in a forward.")] = 256,
+    workers: Annotated[int | None, typer.Option(help="Threads that read images.")] = None,
+    device: Annotated[str | None, typer.Option(help="cuda or cpu. Default: the best there is.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the scores as JSON.")] = False,
+) -> None:
+    """Score a student on labelled images, beside its average, the untrained student and a teacher.
+
+    Example: proteus-cache eval proteus/runs/vit_s14 --images imagenet
+    """
+    from proteus_cache.evaluate.evaluate import evaluate
+    from proteus_cache.evaluate.report import report_table
+
+    with terminal.progress("eval", "images") as update:
+        report = evaluate(
+            run,
+            settings.images(images, "evaluate on"),
+            protocol=protocol,  # type: ignore[arg-type]  # checked there, with the choices in the message
+            teacher=teacher,
+            weights=weights,
+            home=settings.home(),
+            seed=seed,
+            batch_size=batch_size,
+            workers=workers,
+            device=device,
+            progress=lambda done, total: update(done, total, 0),
+        )
+    terminal.result(as_json, report.to_json(), [report_table(report)])

@@ -1,0 +1,91 @@
+"""Where a setting comes from: flag, config file, environment, default; and the folders of PROTEUS_HOME."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from pathlib import Path
+from typing import Any
+
+from proteus_cache.errors import ConfigError, UsageError
+
+_MAX_CONFIG_BYTES = 1 << 20
+
+
+def home() -> Path:
+    """PROTEUS_HOME, else ./proteus: caches, packs, runs and weights are kept below it."""
+    return Path(os.environ.get("PROTEUS_HOME") or "proteus")
+
+
+def images(given: Path | None, purpose: str = "extract") -> Path:
+    """The image folder: given, else PROTEUS_IMAGES, else ./imagenet/train.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if given is not None:
+        return given
+    if os.environ.get("PROTEUS_IMAGES"):
+        return Path(os.environ["PROTEUS_IMAGES"])
+    default = Path("imagenet/train")
+    if default.is_dir():
+        return default
+    raise UsageError(
+        f"no images to {purpose}: say where they are with --images DIR, or set PROTEUS_IMAGES "
+        f"(neither is set, and there is no folder {default})"
+    )
+
+
+def folder_name(name: str) -> str:
+    """A teacher's or student's name as a folder name."""
+    return "".join(char if char.isalnum() or char in "._-" else "_" for char in name)
+
+
+def read_config(path: Path | None, known: tuple[str, ...] | None = None) -> dict[str, Any]:
+    """The settings of a YAML file, keys with underscores; empty without a file.
+
+    Args:
+        path: the file.
+        known: keys that may stand in it; None leaves the check to the caller.
+
+    Raises:
+        ConfigError: the file cannot be read, is not a mapping, or holds an unknown key.
+    """
+    if path is None:
+        return {}
+    import yaml
+
+    try:
+        with open(path, "rb") as file:
+            text = file.read(_MAX_CONFIG_BYTES + 1)
+        if len(text) > _MAX_CONFIG_BYTES:
+            raise ConfigError(f"{path}: larger than a config may be")
+        if b"&" in text and any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
+            raise ConfigError(f"{path}: YAML aliases are not accepted")
+        value = yaml.safe_load(text)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot read the config: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path}: a config is a list of `name: value` lines")
+    settings = {str(key).replace("-", "_"): setting for key, setting in value.items()}
+    for key in settings:
+        if known is not None and key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"it can hold {', '.join(known)}"
+            raise ConfigError(f"{path}: unknown setting {key!r}; {hint}")
+    return settings
+
+
+def merge(flags: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+    """Flags over config file; None means not given."""
+    return config | {name: value for name, value in flags.items() if value is not None}
+
+
+def names(value: str | list[str] | tuple[str, ...] | None) -> tuple[str, ...] | None:
+    """"cls,patch" or a YAML list as a tuple."""
+    if value is None:
+        return None
+    parts = value.split(",") if isinstance(value, str) else [str(part) for part in value]
+    return tuple(part.strip() for part in parts if part.strip())

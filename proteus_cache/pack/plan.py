@@ -1,0 +1,329 @@
+"""What a pack is going to hold, decided before anything is written, and what of it is there already.
+
+The plan is kept in `PACK/tmp/plan.json` while a pack is made: with `--move` the cache shrinks under it, and a
+run that goes on later must still know which receipts the pack was made from.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from proteus_cache import storage, tar
+from proteus_cache.cache.layout import PROBE
+from proteus_cache.cache.reader import Cache, combine_view_ids, open_cache
+from proteus_cache.cache.writer import rows_of_view
+from proteus_cache.codecs import codec_for_target
+from proteus_cache.documents import MAX_DOCUMENT_BYTES, Document, digest_of
+from proteus_cache.errors import SpaceError, UsageError
+from proteus_cache.pack.document import CacheIdentity, PackDocument, PackTarget
+from proteus_cache.pack.index import RECORD_BYTES
+from proteus_cache.pack.reader import is_pack
+from proteus_cache.pack.recode import Recoding, plan_recodings
+from proteus_cache.pack.samples import tar_name
+from proteus_cache.plan import human_bytes
+
+_MARGIN = 1.02
+
+
+class PlanDocument(Document):
+    """`tmp/plan.json`."""
+
+    format: Literal["proteus-cache/pack-plan"] = "proteus-cache/pack-plan"
+    version: Literal[1] = 1
+    cache: CacheIdentity
+    targets: list[PackTarget]
+    receipts: dict[str, list[str]]
+    """View index to the digests of its receipts, by shard."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackPlan:
+    """A pack that is about to be made, continued, or found complete."""
+
+    cache: Cache
+    out: Path
+    document: PlanDocument
+    recodings: list[Recoding]
+    move: bool
+    finished: PackDocument | None
+    """The pack that is there, when nothing is left to pack."""
+    bytes_all: int
+    """Of all tars and indices."""
+    bytes_there: int
+    free: storage.Free
+
+    @property
+    def views(self) -> list[str]:
+        """View indices to pack, the probe last."""
+        return list(self.document.receipts)
+
+    @property
+    def n_units(self) -> int:
+        """Tars of the pack."""
+        return sum(map(len, self.document.receipts.values()))
+
+    @property
+    def bytes_todo(self) -> int:
+        """About what is still to be written."""
+        return 0 if self.finished else max(0, self.bytes_all - self.bytes_there)
+
+    @property
+    def code_bytes(self) -> int:
+        """Of one sample."""
+        return sum(target.codec.code_bytes for target in self.document.targets)
+
+    def lines(self) -> list[str]:
+        """The plan for people."""
+        targets = ", ".join(
+            f"{t.name} {'x'.join(map(str, t.shape))} {t.codec.name}" for t in self.document.targets
+        )
+        lines = [
+            f"cache     {self.cache.path}",
+            f"views     {', '.join(self.views)}: {self.n_units} tars",
+            f"targets   {targets}: {human_bytes(self.code_bytes)} codes a view",
+        ]
+        if self.finished is not None:
+            lines.append("to do     nothing: the pack is there")
+        else:
+            lines.append(f"to do     {human_bytes(self.bytes_todo)} of {human_bytes(self.bytes_all)}")
+            lines.append(f"free      {human_bytes(self.free.bytes)} at {self.out}")
+        if self.move:
+            lines.append("move      each unit is removed from the cache once its tar reads back whole")
+        return lines
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan for machines."""
+        return {
+            "cache": str(self.cache.path),
+            "out": str(self.out),
+            "views": self.views,
+            "targets": {t.name: {"shape": t.shape, "codec": t.codec.name} for t in self.document.targets},
+            "code_bytes": self.code_bytes,
+            "units": self.n_units,
+            "bytes": self.bytes_all,
+            "bytes_todo": self.bytes_todo,
+            "free_bytes": self.free.bytes,
+            "move": self.move,
+        }
+
+    def check(self, n_at_once: int = 1) -> None:
+        """Refuse what cannot fit.
+
+        Args:
+            n_at_once: units packed at the same time; a move on one file system needs room for these only.
+
+        Raises:
+            SpaceError: names what fits instead.
+        """
+        needed = math.ceil(self.bytes_todo * _MARGIN)
+        if self.move and _same_file_system(self.cache.path, self.out):
+            needed = min(needed, math.ceil(self.bytes_all / max(1, self.n_units) * _MARGIN) * (1 + n_at_once))
+        if needed > self.free.bytes:
+            raise SpaceError(
+                f"{self.out}: {human_bytes(needed)} are needed and {human_bytes(self.free.bytes)} are free; {self._what_fits()}"
+            )
+        n_files = self.n_units + len(self.views) + 8
+        if self.free.inodes is not None and not self.finished and n_files > self.free.inodes:
+            raise SpaceError(
+                f"{self.out}: {n_files:,} files are needed and {self.free.inodes:,} inodes are free"
+            )
+
+    def _what_fits(self) -> str:
+        n_views = sum(view != PROBE for view in self.views)
+        fitting = int(self.free.bytes / _MARGIN / (self.bytes_all / max(1, len(self.views))))
+        if 0 < fitting < n_views:
+            chosen = ",".join([view for view in self.views if view != PROBE][:fitting])
+            return f"--views {chosen} fits; so may --move, a smaller --codec, or another --out"
+        return "--move needs no second copy on the same disk; else use a smaller --codec or another --out"
+
+
+def plan_pack(
+    cache: str | Path,
+    out: str | Path,
+    *,
+    views: Sequence[str] | None = None,
+    targets: Sequence[str] | None = None,
+    codec: str | None = None,
+    move: bool = False,
+) -> PackPlan:
+    """Decide what a pack will hold; writes nothing.
+
+    Args:
+        cache: the cache's folder.
+        out: the pack's folder: missing, empty, or holding this pack, finished or not.
+        views: view indices to take, such as ["v000", "probe"]; None takes every complete one.
+        targets: to take; None takes all.
+        codec: to encode with; None keeps the cache's.
+        move: remove each unit from the cache once it is packed.
+
+    Raises:
+        UsageError: the cache lacks what is asked for, `out` holds something else, or a move would lose data.
+    """
+    opened, root = open_cache(cache), Path(out).absolute()
+    wanted = _wanted_codecs(opened, targets, codec)
+    if move and wanted != {target.name: target.codec.name for target in opened.manifest.targets}:
+        raise UsageError(
+            f"{opened.path}: --move would lose targets or precision, because this pack is not a whole copy; "
+            "pack without --targets and --codec, or without --move"
+        )
+    finished = _finished_pack(root)
+    basis = _receipts_of(finished) if finished is not None else _moved_from(opened, root)
+    if basis is not None:
+        _refuse_difference(basis, opened, root, views, wanted)
+        recodings = [Recoding(target, _blob(opened, target), None, None) for target in basis.targets]
+    else:
+        chosen = _chosen_views(opened, views)
+        recodings = plan_recodings(opened, targets, codec, chosen[0])
+        basis = _fresh(opened, chosen, recodings)
+    bytes_all, bytes_there = _sizes(opened, basis, root)
+    return PackPlan(
+        cache=opened,
+        out=root,
+        document=basis,
+        recodings=[] if finished is not None else recodings,
+        move=move,
+        finished=finished,
+        bytes_all=bytes_all,
+        bytes_there=bytes_there,
+        free=storage.free_space(root),
+    )
+
+
+def plan_path(out: Path) -> Path:
+    """Where the plan of an unfinished pack is."""
+    return out / "tmp" / "plan.json"
+
+
+def _wanted_codecs(cache: Cache, targets: Sequence[str] | None, codec: str | None) -> dict[str, str]:
+    """Target name to codec name, as asked for, in the cache's order."""
+    names = {cache.target(name).name for name in targets} if targets is not None else None
+    return {
+        target.name: target.codec.name if codec is None else codec_for_target(codec, target.name)
+        for target in cache.manifest.targets
+        if names is None or target.name in names
+    }
+
+
+def _chosen_views(cache: Cache, views: Sequence[str] | None) -> list[str]:
+    """View indices to pack, checked: ascending, the probe last."""
+    complete = cache.complete_views()
+    if not any(view != PROBE for view in complete):
+        raise UsageError(
+            f"{cache.path}: no view index is complete yet; run the same extract again to finish it"
+        )
+    if views is None:
+        return complete
+    missing = [view for view in views if view not in complete]
+    if missing or not views:
+        state = "is not complete, or not there" if missing else "is needed"
+        raise UsageError(
+            f"{cache.path}: view index {', '.join(missing) or 'of some kind'} {state}; complete are {', '.join(complete)}"
+        )
+    return [view for view in complete if view in set(views)]
+
+
+def _fresh(cache: Cache, views: list[str], recodings: list[Recoding]) -> PlanDocument:
+    ids = {view: cache.view_id(view) for view in cache.complete_views()}
+    receipts = {
+        view: [_receipt_digest(cache, view, shard) for shard in range(rows_of_view(cache.manifest, view)[1])]
+        for view in views
+    }
+    identity = CacheIdentity(
+        manifest=cache.manifest_digest,
+        cache_id=combine_view_ids([ids[view] for view in ids if view != PROBE]),
+        view_ids={view: ids[view] for view in views},
+    )
+    return PlanDocument(
+        cache=identity, targets=[recoding.target for recoding in recodings], receipts=receipts
+    )
+
+
+def _receipt_digest(cache: Cache, view: str, shard: int) -> str:
+    return digest_of(storage.read_bytes(cache.layout.receipt(view, shard), MAX_DOCUMENT_BYTES))
+
+
+def _finished_pack(out: Path) -> PackDocument | None:
+    """The pack that `out` holds, or None where a new one can be made.
+
+    Raises:
+        UsageError: `out` holds something else.
+    """
+    if is_pack(out):
+        return PackDocument.parse(
+            storage.read_bytes(out / "pack.json", MAX_DOCUMENT_BYTES), str(out / "pack.json")
+        )
+    names = storage.list_folder(out)
+    if names and "tmp" not in names:
+        raise UsageError(
+            f"{out}: holds something else ({', '.join(names[:3])}); give --out a new or empty folder"
+        )
+    return None
+
+
+def _receipts_of(pack: PackDocument) -> PlanDocument:
+    """The plan that a finished pack was made by."""
+    receipts = {view: [tar.receipt for tar in entry.tars] for view, entry in pack.packed.items()}
+    return PlanDocument(cache=pack.cache, targets=pack.targets, receipts=receipts)
+
+
+def _moved_from(cache: Cache, out: Path) -> PlanDocument | None:
+    """The saved plan, when a move has begun to take units out of this cache; None otherwise: plan anew."""
+    path = plan_path(out)
+    if storage.size_of(path) is None:
+        return None
+    plan = PlanDocument.parse(storage.read_bytes(path, MAX_DOCUMENT_BYTES), str(path))
+    if plan.cache.manifest != cache.manifest_digest:
+        return None
+    moved = any(len(cache.units(view)) < len(receipts) for view, receipts in plan.receipts.items())
+    return plan if moved else None
+
+
+def _refuse_difference(
+    basis: PlanDocument, cache: Cache, out: Path, views: Sequence[str] | None, wanted: dict[str, str]
+) -> None:
+    """A pack that is there, or half moved, can be continued as what it is and as nothing else."""
+    found = {target.name: target.codec.name for target in basis.targets}
+    packed = set(basis.receipts)
+    if basis.cache.manifest != cache.manifest_digest:
+        difference = "it is of another cache"
+    elif found != wanted:
+        described = [
+            ", ".join(f"{name} {codec}" for name, codec in targets.items()) for targets in (found, wanted)
+        ]
+        difference = f"its targets are {described[0]}, not {described[1]}"
+    elif (set(views) if views is not None else packed | set(cache.complete_views())) != packed:
+        difference = f"its view indices are {', '.join(basis.receipts)}"
+    else:
+        return
+    raise UsageError(f"{out}: holds another pack ({difference}); give another --out, or remove that pack")
+
+
+def _blob(cache: Cache, target: PackTarget) -> bytes | None:
+    """Parameters of a codec that pack and cache share; a finished pack holds its own."""
+    held = {record.name: record for record in cache.manifest.targets}.get(target.name)
+    return cache.parameters_blob(held) if held is not None and held.codec == target.codec else None
+
+
+def _sizes(cache: Cache, plan: PlanDocument, out: Path) -> tuple[int, int]:
+    """Bytes of all tars and indices, and of the tars that are there already."""
+    added = tar.BLOCK + tar.padded(sum(target.codec.code_bytes for target in plan.targets))
+    total = there = 0
+    for view, receipts in plan.receipts.items():
+        for shard in range(len(receipts)):
+            packed = storage.size_of(out / tar_name(view, shard)) or 0
+            cached = storage.size_of(cache.tar_path(view, shard))
+            n_rows = len(cache.rows(view, shard))
+            total += n_rows * RECORD_BYTES + (packed if cached is None else cached + n_rows * added)
+            there += packed
+    return total, there
+
+
+def _same_file_system(first: Path, second: Path) -> bool:
+    while not second.exists() and second != second.parent:
+        second = second.parent
+    return os.stat(first).st_dev == os.stat(second).st_dev

@@ -1,0 +1,197 @@
+"""One unit of the cache becomes one tar of the pack, and a note of what was written.
+
+The tar is written under a temporary name, synced and renamed; then the note. A tar without a note does not
+exist, so a killed pack loses at most the units that were under way. A note is kept by a later run when it was
+made from the same receipt by the same recoding, and the tar still has its digest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from proteus_cache import storage
+from proteus_cache.cache.layout import shard_stem
+from proteus_cache.cache.reader import Cache, open_cache
+from proteus_cache.cache.receipt import Receipt
+from proteus_cache.documents import MAX_DOCUMENT_BYTES, Document, canonical, digest_of, parse_sealed
+from proteus_cache.errors import ChecksumError, DamageError, FormatError, StorageError, UsageError
+from proteus_cache.pack.document import PackTar
+from proteus_cache.pack.index import RECORD, Records
+from proteus_cache.pack.recode import Recoding
+from proteus_cache.pack.samples import tar_name
+from proteus_cache.pack.writer import PackedSample, make_records, tar_buffers
+
+logger = logging.getLogger(__name__)
+
+
+class PackedUnit(Document):
+    """The note of one finished tar, in `tmp/` until the pack is finished."""
+
+    format: Literal["proteus-cache/packed-unit"] = "proteus-cache/packed-unit"
+    version: Literal[1] = 1
+    source: str = Field(pattern=r"^[0-9a-f]{64}$")
+    """Digest of the receipt, targets and codecs that it was made from."""
+    tar: PackTar
+    records: str
+    """Index records, hexadecimal."""
+
+    def index_records(self) -> Records:
+        """The records as an array."""
+        return np.frombuffer(bytes.fromhex(self.records), dtype=RECORD)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnitJob:
+    """What it takes to pack one unit."""
+
+    cache: Path
+    out: Path
+    view: str
+    shard: int
+    receipt: str
+    """Digest of the unit's receipt."""
+    source: str
+    """Digest of all that the tar depends on."""
+    keys: list[str]
+    """Keys of the unit's images by array row, from the image list."""
+    image_rows: list[int]
+    labels: list[int | None]
+
+    @property
+    def note_path(self) -> Path:
+        """Where the note is."""
+        return self.out / "tmp" / f"{self.view}-{shard_stem(self.shard)}.json"
+
+    @property
+    def tar_path(self) -> Path:
+        """Where the tar is."""
+        return self.out / tar_name(self.view, self.shard)
+
+
+def source_digest(receipt: str, recodings: Sequence[Recoding]) -> str:
+    """Identity of what a tar is made from."""
+    targets = [recoding.target.model_dump(mode="json") for recoding in recodings]
+    return hashlib.sha256(canonical({"receipt": receipt, "targets": targets})).hexdigest()
+
+
+def read_note(job: UnitJob) -> PackedUnit | None:
+    """The note of a tar that is there and was made from the same things; None when it has to be packed."""
+    if storage.size_of(job.note_path) is None:
+        return None
+    try:
+        note = PackedUnit.parse(storage.read_bytes(job.note_path, MAX_DOCUMENT_BYTES), str(job.note_path))
+    except DamageError as error:
+        logger.warning("packing again unit=%s/%s reason=%s", job.view, job.shard, error)
+        return None
+    is_whole = storage.size_of(job.tar_path) == note.tar.size and note.source == job.source
+    return note if is_whole and storage.sha256_of(job.tar_path) == (note.tar.size, note.tar.sha256) else None
+
+
+def pack_unit(job: UnitJob, recodings: Sequence[Recoding]) -> PackedUnit:
+    """Write the tar of one unit and its note.
+
+    Every file of the unit is read with its digest and every code with its CRC checked against the receipt;
+    samples are matched by key, label and digest, never by position.
+
+    Raises:
+        DamageError: the cache's unit is damaged.
+        UsageError: the unit changed since the pack was planned.
+    """
+    cache = open_cache(job.cache)
+    receipt = _planned_receipt(cache, job)
+    samples = _samples(cache, receipt, job, recodings)
+    extension = "jpg" if cache.manifest.views.view_format == "jpeg" else "png"
+    records = make_records(samples, job.shard)
+    temporary = job.out / "tmp"
+    temp, written = storage.write_durable(
+        temporary, job.tar_path.name, lambda: tar_buffers(samples, extension)
+    )
+    storage.publish(temp, job.tar_path)
+    tar = PackTar(size=written.size, sha256=written.sha256, receipt=job.receipt, n_samples=len(samples))
+    note = PackedUnit(source=job.source, tar=tar, records=records.tobytes().hex())
+    temp, _ = storage.write_durable(temporary, job.note_path.name, note.sealed)
+    storage.publish(temp, job.note_path)
+    logger.info(
+        "packed unit=%s/%s views=%d bytes=%d", job.view, shard_stem(job.shard), len(samples), written.size
+    )
+    return note
+
+
+def move_unit(job: UnitJob, tar: PackTar) -> None:
+    """Read the packed tar back from disk, and if it is whole remove the cache's copy: the receipt first.
+
+    Raises:
+        ChecksumError: the tar is not what was written; nothing is removed.
+    """
+    _forget_cached_pages(job.tar_path)
+    if storage.sha256_of(job.tar_path) != (tar.size, tar.sha256):
+        raise ChecksumError(
+            f"{job.tar_path}: does not read back as written; the cache's copy is kept, look at the disk"
+        )
+    cache = open_cache(job.cache)
+    storage.remove(cache.layout.receipt(job.view, job.shard))
+    for relative in cache.unit_files(job.view, job.shard):
+        path = cache.layout.resolve(relative)
+        if storage.size_of(path) is not None:
+            storage.remove(path)
+    logger.info("moved unit=%s/%s", job.view, shard_stem(job.shard))
+
+
+def _planned_receipt(cache: Cache, job: UnitJob) -> Receipt:
+    receipt = cache.receipt(job.view, job.shard)
+    path = cache.layout.receipt(job.view, job.shard)
+    if receipt is None or digest_of(storage.read_bytes(path, MAX_DOCUMENT_BYTES)) != job.receipt:
+        raise UsageError(f"{path}: changed since this pack was planned; run the same pack again")
+    return receipt
+
+
+def _samples(
+    cache: Cache, receipt: Receipt, job: UnitJob, recodings: Sequence[Recoding]
+) -> list[PackedSample]:
+    stored = receipt.samples
+    local = [row - receipt.first_row for row in stored.rows]
+    by_target: list[list[NDArray[np.uint8]]] = []
+    for recoding in recodings:
+        codes = cache.read_codes(job.view, job.shard, recoding.target.name)
+        by_target.append(recoding.apply([codes[row] for row in local]))
+    views = cache.read_views(job.view, job.shard)
+    samples = []
+    for place, (row, key, digest) in enumerate(zip(local, stored.keys, stored.view_digests, strict=True)):
+        view, json = views[key]
+        _check_sample(json, f"{job.view}/{key}.json", job, row, key, digest)
+        codes_of_sample = [codes[place] for codes in by_target]
+        samples.append(PackedSample(key, job.image_rows[row], job.labels[row], view, json, codes_of_sample))
+    return samples
+
+
+def _check_sample(json: bytes, what: str, job: UnitJob, row: int, key: str, digest: str) -> None:
+    """The sample's document, the receipt and the image list speak of the same view."""
+    document = parse_sealed(json, what)
+    stated = [document.get(field) for field in ("key", "view", "view_digest", "label")]
+    if stated != [key, job.view, digest, job.labels[row]] or key != job.keys[row]:
+        raise FormatError(
+            f"{what}: does not belong to this receipt and image list; verify the cache with --read-data"
+        )
+
+
+def _forget_cached_pages(path: Path) -> None:
+    """Ask the system to drop its copy, so that the next read comes from the disk."""
+    import os
+
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise StorageError(f"{path}: cannot read back: {error.strerror or error}") from error

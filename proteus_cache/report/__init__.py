@@ -1,0 +1,1 @@
+"""What a cache, pack or run is, for people and machines."""

@@ -1,0 +1,223 @@
+"""What a cache, pack or run is: one dictionary for machines, a few lines for people."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from proteus_cache import storage
+from proteus_cache.cache.layout import PROBE, views_tar
+from proteus_cache.cache.manifest import TeacherRecord, ViewsRecord
+from proteus_cache.cache.reader import Cache, is_cache, open_cache
+from proteus_cache.cache.writer import rows_of_view
+from proteus_cache.errors import UsageError
+from proteus_cache.plan import human_bytes
+
+
+def kind_of(path: Path) -> str:
+    """"cache", "pack" or "run".
+
+    Raises:
+        UsageError: `path` is none of them.
+    """
+    if not path.is_dir():
+        raise UsageError(f"{path}: no such folder")
+    if is_cache(path):
+        return "cache"
+    if (path / "pack.json").is_file():
+        return "pack"
+    if (path / "config.yaml").is_file():
+        return "run"
+    raise UsageError(
+        f"{path}: is no cache (manifest.json), pack (pack.json) or run (config.yaml); give the folder that extract, "
+        "pack or train wrote"
+    )
+
+
+def summarise(path: Path) -> dict[str, Any]:
+    """The facts of a cache, pack or run as JSON values.
+
+    Raises:
+        UsageError: `path` is none of them.
+        DamageError: its documents are damaged.
+    """
+    return {"cache": summarise_cache, "pack": summarise_pack, "run": summarise_run}[kind_of(path)](path)
+
+
+def summarise_cache(path: Path) -> dict[str, Any]:
+    """The facts of a cache."""
+    cache = open_cache(path)
+    manifest = cache.manifest
+    receipts = {view: [cache.receipt(view, shard) for shard in cache.units(view)] for view in cache.views()}
+    views = {
+        view: {
+            "units": len(found),
+            "units_all": rows_of_view(manifest, view)[1],
+            "views": sum(len(receipt.samples.rows) for receipt in found if receipt),
+            "bytes": sum(file.size for receipt in found if receipt for file in receipt.files.values()),
+            "view_id": cache.view_id(view) if cache.is_complete(view) else None,
+        }
+        for view, found in receipts.items()
+    }
+    stored = sum(entry["views"] for view, entry in views.items() if view != PROBE)
+    quarantined = {image.key for found in receipts.values() for receipt in found if receipt for image in receipt.quarantined}
+    return {
+        "kind": "cache",
+        "path": str(path),
+        "manifest": cache.manifest_digest,
+        "cache_id": cache.cache_id() if cache.complete_views() else None,
+        "teacher": manifest.teacher.model_dump(),
+        "images": manifest.images.model_dump(exclude={"classes"}) | {"n_classes": len(manifest.images.classes or []) or None},
+        "view_spec": manifest.views.model_dump(),
+        "targets": {target.name: target.model_dump(exclude={"name"}) for target in manifest.targets},
+        "code_bytes": manifest.bytes_per_view,
+        "view_bytes": _mean_view_bytes(cache, receipts),
+        "shard_size": manifest.shard_size,
+        "views": {view: entry for view, entry in views.items() if view != PROBE},
+        "probe": views.get(PROBE),
+        "n_stored_views": stored,
+        "n_quarantined": len(quarantined),
+        "is_complete": all(entry["units"] == entry["units_all"] for entry in views.values()) and bool(views),
+        "units_left": sum(entry["units_all"] - entry["units"] for entry in views.values()),
+        "bytes": sum(entry["bytes"] for entry in views.values()),
+        "libraries": manifest.libraries,
+        "licences": manifest.licences,
+    }
+
+
+def _mean_view_bytes(cache: Cache, receipts: dict[str, list[Any]]) -> float | None:
+    """Mean size of a view with its document in the tars, padding included."""
+    pairs = [
+        (receipt.files[views_tar(view, receipt.shard)].size, len(receipt.samples.rows))
+        for view, found in receipts.items()
+        for receipt in found
+        if receipt is not None
+    ]
+    n_views = sum(count for _, count in pairs)
+    return round(sum(size for size, _ in pairs) / n_views, 1) if n_views else None
+
+
+def summarise_pack(path: Path) -> dict[str, Any]:
+    """The facts of a pack."""
+    from proteus_cache.pack.reader import open_pack
+
+    pack = open_pack(path)
+    document = pack.document
+    packed = {
+        view: {"views": entry.n_samples, "tars": len(entry.tars), "bytes": sum(t.size for t in entry.tars) + entry.index.size}
+        for view, entry in document.packed.items()
+    }
+    n_bytes = sum(entry["bytes"] for entry in packed.values())
+    return {
+        "kind": "pack",
+        "path": str(path),
+        "pack_id": pack.digest,
+        "cache_id": document.cache.cache_id,
+        "cache_manifest": document.cache.manifest,
+        "teacher": document.teacher.model_dump(),
+        "view_spec": document.views.model_dump(),
+        "targets": {target.name: target.model_dump(exclude={"name"}) for target in document.targets},
+        "code_bytes": document.code_bytes,
+        "shard_size": document.shard_size,
+        "n_images": document.n_images,
+        "n_classes": len(document.classes or []) or None,
+        "held_out": document.held_out,
+        "views": {view: entry for view, entry in packed.items() if view != PROBE},
+        "probe": packed.get(PROBE),
+        "n_stored_views": len(pack),
+        "bytes": n_bytes,
+        "bytes_per_view": round(n_bytes / max(1, sum(entry["views"] for entry in packed.values())), 1),
+        "licences": document.licences,
+    }
+
+
+def summarise_run(path: Path) -> dict[str, Any]:
+    """The facts of a training run."""
+    import yaml
+
+    config = yaml.safe_load(storage.read_bytes(path / "config.yaml", 1 << 20))
+    checkpoints = [name for name in storage.list_folder(path / "checkpoints") if name.startswith("step-")]
+    return {
+        "kind": "run",
+        "path": str(path),
+        "config": config,
+        "last_step": _last_step(path / "metrics.jsonl"),
+        "checkpoints": checkpoints,
+        "weights": [
+            name
+            for name in ("student.safetensors", "ema.safetensors", "heads.safetensors")
+            if storage.size_of(path / name) is not None
+        ],
+    }
+
+
+def _last_step(metrics: Path) -> dict[str, Any] | None:
+    """The last complete line of metrics.jsonl."""
+    size = storage.size_of(metrics)
+    if not size:
+        return None
+    with open(metrics, "rb") as file:
+        file.seek(max(0, size - 65536))
+        lines = [line for line in file.read().split(b"\n")[:-1] if line.startswith(b"{")]
+    return dict(json.loads(lines[-1])) if lines else None
+
+
+def describe(summary: dict[str, Any]) -> list[str]:
+    """Lines for people."""
+    return {"cache": _describe_cache, "pack": _describe_pack, "run": _describe_run}[summary["kind"]](summary)
+
+
+def _describe_cache(summary: dict[str, Any]) -> list[str]:
+    lines = [
+        f"cache     {summary['path']}",
+        f"id        {summary['cache_id'] or 'none yet: no view index is complete'}",
+        *_describe_source(summary),
+        f"images    {summary['images']['n_images']:,}, {summary['n_quarantined']} quarantined",
+        f"bytes     {human_bytes(summary['bytes'])}: {human_bytes(summary['code_bytes'])} codes + "
+        f"{human_bytes(summary['view_bytes'] or 0)} pixels a view",
+    ]
+    entries = summary["views"] | ({PROBE: summary["probe"]} if summary["probe"] else {})
+    for view, entry in entries.items():
+        lines.append(f"{view:<9} {entry['views']:,} views, {entry['units']} of {entry['units_all']} units")
+    return lines if entries else [*lines, "views     none extracted yet"]
+
+
+def _describe_pack(summary: dict[str, Any]) -> list[str]:
+    lines = [
+        f"pack      {summary['path']}",
+        f"id        {summary['pack_id']}",
+        f"from      cache {summary['cache_id']}",
+        *_describe_source(summary),
+        f"bytes     {human_bytes(summary['bytes'])}: {human_bytes(summary['bytes_per_view'])} a view, "
+        f"{human_bytes(summary['code_bytes'])} of it codes",
+    ]
+    entries = summary["views"] | ({PROBE: summary["probe"]} if summary["probe"] else {})
+    lines += [f"{view:<9} {entry['views']:,} views in {entry['tars']} tars" for view, entry in entries.items()]
+    if summary["held_out"]:
+        lines.append(f"held out  {len(summary['held_out'])} tars")
+    return lines
+
+
+def _describe_source(summary: dict[str, Any]) -> list[str]:
+    teacher = TeacherRecord.model_validate(summary["teacher"])
+    views = ViewsRecord.model_validate(summary["view_spec"])
+    targets = ", ".join(
+        f"{name} {'x'.join(map(str, target['shape']))} {target['codec']['name']}"
+        for name, target in summary["targets"].items()
+    )
+    return [
+        f"teacher   {teacher.name} ({teacher.weights_source}, {teacher.weights_sha256[:12]}), {teacher.precision}",
+        f"views     {views.augment}, {views.size_px} px, {views.view_format}, seed {views.seed}",
+        f"targets   {targets}",
+    ]
+
+
+def _describe_run(summary: dict[str, Any]) -> list[str]:
+    train = (summary["config"] or {}).get("train", {})
+    last = summary["last_step"]
+    lines = [f"run       {summary['path']}", f"student   {train.get('student')}", f"trained   from {train.get('data')}"]
+    if last:
+        lines.append(f"step      {last['step']:,} (epoch {last['epoch']}), loss {last['loss']:.4g}")
+    lines.append(f"newest    {summary['checkpoints'][-1] if summary['checkpoints'] else 'no checkpoint'}")
+    return [*lines, f"weights   {', '.join(summary['weights']) or 'none yet'}"]

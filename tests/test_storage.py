@@ -1,0 +1,121 @@
+"""storage: files appear whole or not at all, and the first of two writers wins where it must."""
+
+import errno
+import hashlib
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from proteus_cache import storage
+from proteus_cache.errors import FormatError, SpaceError, StorageError
+
+
+def test_write_new_returns_size_and_digest_of_all_chunks(tmp_path: Path) -> None:
+    chunks = [b"abc", memoryview(b"defg"), np.arange(5, dtype=np.uint8)]
+
+    written = storage.write_new(tmp_path / "file", chunks)
+
+    data = (tmp_path / "file").read_bytes()
+    assert data == b"abcdefg\x00\x01\x02\x03\x04"
+    assert written == storage.Written(len(data), hashlib.sha256(data).hexdigest())
+
+
+def test_write_new_refuses_an_existing_file_and_leaves_it(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"old")
+
+    with pytest.raises(StorageError, match="cannot write: File exists"):
+        storage.write_new(tmp_path / "file", b"new")
+
+
+def test_short_writes_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real_write = os.write
+    monkeypatch.setattr(os, "write", lambda descriptor, data: real_write(descriptor, data[:3]))
+
+    storage.write_new(tmp_path / "file", b"0123456789")
+
+    assert (tmp_path / "file").read_bytes() == b"0123456789"
+
+
+@pytest.mark.parametrize(
+    ("number", "kind"), [(errno.ENOSPC, SpaceError), (errno.EDQUOT, SpaceError), (errno.EIO, StorageError)]
+)
+def test_a_failed_write_removes_the_partial_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, kind: type[StorageError]
+) -> None:
+    def fail(descriptor: int, data: bytes) -> int:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "write", fail)
+
+    with pytest.raises(kind, match=str(tmp_path)) as caught:
+        storage.write_new(tmp_path / "file", b"data")
+
+    assert type(caught.value) is kind
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_after_a_failed_fsync_the_bytes_go_once_to_a_new_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real_fsync, calls = os.fsync, []
+
+    def fail_first(descriptor: int) -> None:
+        calls.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        if len(calls) == 1:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        real_fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fail_first)
+
+    path, written = storage.write_durable(tmp_path, "unit.tar", lambda: [b"ab", b"c"])
+
+    assert path.read_bytes() == b"abc"
+    assert written.size == 3
+    assert calls[0] != calls[1] == str(path)
+    assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
+
+
+def test_a_second_failed_fsync_is_final(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(descriptor: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "fsync", fail)
+
+    with pytest.raises(StorageError, match="Input/output error"):
+        storage.write_durable(tmp_path, "unit.tar", lambda: b"abc")
+
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_publish_once_keeps_the_first(tmp_path: Path) -> None:
+    for name in ("first", "second"):
+        storage.write_new(tmp_path / name, name.encode())
+
+    assert storage.publish_once(tmp_path / "first", tmp_path / "final")
+    assert not storage.publish_once(tmp_path / "second", tmp_path / "final")
+
+    assert [entry.name for entry in tmp_path.iterdir()] == ["final"]
+    assert (tmp_path / "final").read_bytes() == b"first"
+
+
+def test_size_of_does_not_follow_links(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"12345")
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+
+    assert storage.size_of(tmp_path / "file") == 5
+    assert storage.size_of(tmp_path / "link") is None
+    assert storage.size_of(tmp_path / "missing") is None
+
+
+def test_read_bytes_has_a_limit(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"12345")
+
+    assert storage.read_bytes(tmp_path / "file", 5) == b"12345"
+    with pytest.raises(FormatError, match="larger than the 4 bytes"):
+        storage.read_bytes(tmp_path / "file", 4)
+
+
+def test_free_space_of_a_folder_that_is_not_there_yet(tmp_path: Path) -> None:
+    assert storage.free_space(tmp_path / "a" / "b").bytes > 0

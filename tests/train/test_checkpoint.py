@@ -1,0 +1,152 @@
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from proteus_cache.documents import canonical, parse_sealed, seal
+from proteus_cache.errors import DamageError
+from proteus_cache.train.checkpoint import (
+    TENSOR_FILES,
+    CheckpointState,
+    checkpoint_steps,
+    clear_unfinished,
+    newest_checkpoint,
+    write_checkpoint,
+)
+
+
+def _tensors(step: int) -> dict[str, dict[str, Tensor]]:
+    return {name: {"weight": torch.full((5,), float(step))} for name in TENSOR_FILES}
+
+
+def _write(folder: Path, step: int, *, keep: int = 2) -> Path:
+    state = CheckpointState(
+        step=step,
+        config={"lr": 1e-3, "student": "vit_s14", "max": None},
+        cache_id="c",
+        pack_digest="p",
+        precision="fp32",
+        world_size=1,
+        scaler={"scale": 65536.0, "_growth_tracker": 3},
+        files={},
+    )
+    return write_checkpoint(folder, state, _tensors(step), keep=keep)
+
+
+def _step_found(folder: Path) -> int | None:
+    checkpoint = newest_checkpoint(folder)
+    if checkpoint is None:
+        return None
+    for tensors in (checkpoint.model, checkpoint.ema, checkpoint.optimizer):
+        assert tensors["weight"].tolist() == [float(checkpoint.state.step)] * 5
+    return checkpoint.state.step
+
+
+def test_a_checkpoint_comes_back_as_it_was(tmp_path: Path) -> None:
+    path = _write(tmp_path / "checkpoints", 4)
+
+    checkpoint = newest_checkpoint(tmp_path / "checkpoints")
+
+    assert checkpoint is not None
+    assert checkpoint.path == path == tmp_path / "checkpoints" / "step-00000004"
+    assert checkpoint.state.config == {"lr": 1e-3, "student": "vit_s14", "max": None}
+    assert checkpoint.state.scaler == {"scale": 65536.0, "_growth_tracker": 3}
+    assert _step_found(path.parent) == 4
+    assert sorted(file.name for file in path.iterdir()) == sorted([*TENSOR_FILES, "state.json"])
+
+
+def test_no_checkpoint_is_none(tmp_path: Path) -> None:
+    assert newest_checkpoint(tmp_path / "checkpoints") is None
+
+
+def test_the_newest_are_kept(tmp_path: Path) -> None:
+    for step in (2, 4, 6, 10):
+        _write(tmp_path, step)
+
+    assert checkpoint_steps(tmp_path) == [6, 10]
+    assert _step_found(tmp_path) == 10
+
+
+def test_writing_a_step_again_replaces_it(tmp_path: Path) -> None:
+    path = _write(tmp_path, 2)
+    (path / "state.json").write_bytes(b"damaged")
+
+    _write(tmp_path, 2)
+
+    assert _step_found(tmp_path) == 2
+
+
+@pytest.mark.parametrize("name", [*TENSOR_FILES, "state.json"])
+@pytest.mark.parametrize("damage", ["flipped", "cut", "missing"])
+def test_a_damaged_checkpoint_is_passed_over_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, damage: str
+) -> None:
+    _write(tmp_path, 2)
+    file = _write(tmp_path, 4) / name
+    data = bytearray(file.read_bytes())
+    if damage == "missing":
+        file.unlink()
+    else:
+        data[len(data) // 2] ^= 1
+        file.write_bytes(data[:-1] if damage == "cut" else data)
+
+    with caplog.at_level(logging.WARNING):
+        found = _step_found(tmp_path)
+
+    assert found == 2
+    assert "checkpoint step=4 is damaged and skipped, the one before it is used" in caplog.text
+    assert name in caplog.text
+    assert file.parent.is_dir()
+
+
+def test_a_checkpoint_under_another_steps_name_is_not_used(tmp_path: Path) -> None:
+    _write(tmp_path, 2).rename(tmp_path / "step-00000009")
+
+    with pytest.raises(DamageError, match="none of the 1 checkpoints is whole"):
+        newest_checkpoint(tmp_path)
+
+
+def test_unknown_fields_in_the_state_are_refused(tmp_path: Path) -> None:
+    file = _write(tmp_path, 2) / "state.json"
+    state = parse_sealed(file.read_bytes(), "state")
+    file.write_bytes(seal(state | {"later": 1}))
+
+    with pytest.raises(DamageError):
+        newest_checkpoint(tmp_path)
+
+
+def test_the_state_is_canonical(tmp_path: Path) -> None:
+    data = (_write(tmp_path, 2) / "state.json").read_bytes()
+
+    assert seal(parse_sealed(data, "state")) == data
+    assert canonical(parse_sealed(data, "state"))[:-1] == data[: data.rindex(b',"digest"')]
+
+
+def test_what_a_killed_writer_left_is_never_found_and_is_cleared(tmp_path: Path) -> None:
+    _write(tmp_path, 2)
+    path = _write(tmp_path, 4)
+    path.rename(tmp_path / "tmp-step-00000004.123.abc")
+
+    found = _step_found(tmp_path)
+    clear_unfinished(tmp_path)
+
+    assert found == 2
+    assert [file.name for file in tmp_path.iterdir()] == ["step-00000002"]
+
+
+def test_a_failed_write_leaves_the_older_checkpoint_alone(tmp_path: Path) -> None:
+    _write(tmp_path, 2)
+    tensors = _tensors(4)
+    del tensors["ema.safetensors"]
+    state = newest_checkpoint(tmp_path)
+    assert state is not None
+
+    with pytest.raises(KeyError):
+        write_checkpoint(tmp_path, state.state.model_copy(update={"step": 4}), tensors, keep=1)
+
+    assert [file.name for file in tmp_path.iterdir()] == ["step-00000002"]
+    assert _step_found(tmp_path) == 2

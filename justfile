@@ -37,7 +37,7 @@ ci:
 
 # Run every benchmark (some minutes, best on an idle machine)
 bench:
-    for script in benchmarks/*.py; do echo "== $script"; {{ python }} "$script" || exit 1; done
+    for script in benchmarks/*.py; do echo "== $script"; {{ python }} -m benchmarks.$(basename "$script" .py) || exit 1; done
 
 # The main job, end to end, on 200 small images made here (under three minutes)
 first-run *args:

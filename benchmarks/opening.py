@@ -40,7 +40,8 @@ def main() -> int:
         root = Path(folder, "pack")
         _made_up_pack(root)
         print(
-            f"pack.json {(root / 'pack.json').stat().st_size:,} bytes, index {(root / 'v000.idx').stat().st_size:,}"
+            f"pack.json {(root / 'pack.json').stat().st_size:,} bytes, "
+            f"index {(root / 'v000.idx').stat().st_size:,} bytes"
         )
         sys.stdout.flush()
         return subprocess.run([sys.executable, __file__, str(root)], check=False).returncode
@@ -59,7 +60,8 @@ def open_and_report(root: Path) -> int:
     assert records.size == BATCH
     met = seconds < TIME_GOAL_S and megabytes < MEMORY_GOAL_MB
     print(
-        f"open: {seconds:.2f} s, goal {TIME_GOAL_S} s; {megabytes:.0f} MB above the imports, goal {MEMORY_GOAL_MB:.0f} MB"
+        f"open: {seconds:.2f} s, goal {TIME_GOAL_S:.0f} s; "
+        f"{megabytes:.0f} MB above the imports, goal {MEMORY_GOAL_MB:.0f} MB"
     )
     print("met" if met else "MISSED")
     return 0 if met else 1
@@ -89,11 +91,16 @@ def _made_up_pack(root: Path) -> None:
     remove(root / "v000.idx")
     written = write_new(
         root / "v000.idx",
-        index_buffers(0, small.code_bytes, [sealed[sealed["tar"] == t] for t in range(len(counts))]),
+        index_buffers(
+            0,
+            N_SAMPLES,
+            len(counts),
+            small.code_bytes,
+            [sealed[sealed["tar"] == t] for t in range(len(counts))],
+        ),
     )
     tars = [
-        PackTar(size=stride * n + 1024, sha256=f"{t:064x}", receipt="f" * 64, n_samples=n)
-        for t, n in enumerate(counts)
+        PackTar(size=stride * n + 1024, sha256=f"{t:064x}", receipt="f" * 64, n_samples=n) for t, n in enumerate(counts)
     ]
     index = FileRecord(size=written.size, sha256=written.sha256)
     packed = {"v000": PackView(index=index, n_samples=N_SAMPLES, tars=tars)}

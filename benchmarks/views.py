@@ -51,14 +51,10 @@ def main() -> None:
         json.dump(result, sys.stdout, indent=2)
         print()
         return
-    print(
-        f"{result['n_images']} images, {arguments.rounds} rounds, milliseconds for each image (median round)"
-    )
+    print(f"{result['n_images']} images, {arguments.rounds} rounds, milliseconds for each image (median round)")
     for name, milliseconds in result["milliseconds"].items():
         print(f"  {name:32} {milliseconds:8.3f}")
-    print(
-        f"make_view / timm: {result['ratio']:.3f} (rounds {', '.join(f'{r:.3f}' for r in result['ratios'])})"
-    )
+    print(f"make_view / timm: {result['ratio']:.3f} (rounds {', '.join(f'{r:.3f}' for r in result['ratios'])})")
 
 
 def measure(root: Path, rounds: int, limit: int) -> dict[str, Any]:

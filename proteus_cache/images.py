@@ -1,5 +1,4 @@
-"""Where images come from: class folders, a flat folder or a text list, as one table of keys, paths and
-labels.
+"""Where images come from: class folders, a flat folder or a text list, as one table.
 
 Listing reads folders only and opens no image, so a million files cost seconds. The result is the frozen list
 of a cache: sorted by path, every key once. `draw_order` then mixes it, so that a shard holds images of many
@@ -14,8 +13,10 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -69,15 +70,17 @@ def list_images(source: Path) -> ImageListing:
             two images with one key.
         StorageError: a folder or the list cannot be read.
     """
-    if source.is_dir():
+    with _reported(source):
+        is_folder, is_list, exists = source.is_dir(), _is_list(source), source.exists()
+    if is_folder:
         root, rows, classes = source, *_list_folder(source)
-    elif source.is_file() and source.suffix.lower() == ".txt":
+    elif is_list:
         root, rows, classes = source.parent, _list_lines(source), None
-    elif source.exists():
+    elif exists:
         raise ImageListError(f"{source}: neither a folder of images nor a list whose name ends in .txt")
     else:
         raise ImageListError(f"{source}: no such folder or list of images; give one with --images")
-    return ImageListing(root, _as_table(source, sorted(rows)), classes)
+    return ImageListing(root, _as_table(source, sorted(rows, key=lambda row: row[0])), classes)
 
 
 def sample_key(relative_path: str) -> str:
@@ -119,8 +122,8 @@ def draw_order(keys: Iterable[str] | pa.Array | pa.ChunkedArray, seed: int) -> n
     return np.lexsort((halves[:, 1], halves[:, 0])).astype(np.int64, copy=False)
 
 
-_Row = tuple[str, int | None]
-"""Relative path and label; sorts by path because paths differ."""
+_Row: TypeAlias = tuple[str, int | None]
+"""Relative path and label."""
 
 
 def _list_folder(root: Path) -> tuple[list[_Row], tuple[str, ...] | None]:
@@ -128,7 +131,7 @@ def _list_folder(root: Path) -> tuple[list[_Row], tuple[str, ...] | None]:
     flat: list[_Row] = []
     folders: list[str] = []
     for entry in _entries(root):
-        if entry.is_dir():
+        if _is_folder(entry):
             folders.append(entry.name)
         elif _is_image(entry, other):
             flat.append((entry.name, None))
@@ -157,9 +160,7 @@ def _what_was_there(other: Counter[str]) -> str:
     return f"{wanted}, and it holds {count:,} named {'*' + suffix if suffix else 'without a suffix'}"
 
 
-def _walk(
-    folder: Path, relative: str, other: Counter[str], above: tuple[tuple[int, int], ...] = ()
-) -> Iterator[str]:
+def _walk(folder: Path, relative: str, other: Counter[str], above: tuple[tuple[int, int], ...] = ()) -> Iterator[str]:
     """Relative paths of the images in `folder` and below; a link back to a folder above is not followed."""
     with _reported(folder):
         status = folder.stat()
@@ -168,7 +169,7 @@ def _walk(
         return
     for entry in _entries(folder):
         path = f"{relative}/{entry.name}"
-        if entry.is_dir():
+        if _is_folder(entry):
             yield from _walk(folder / entry.name, path, other, (*above, here))
         elif _is_image(entry, other):
             yield path
@@ -179,29 +180,34 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
         return [entry for entry in entries if not entry.name.startswith(".")]
 
 
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    with _reported(entry.path):
+        return entry.is_dir()
+
+
 def _is_image(entry: os.DirEntry[str], other: Counter[str]) -> bool:
     suffix = os.path.splitext(entry.name)[1].lower()
-    if suffix in IMAGE_SUFFIXES and entry.is_file():
-        return True
+    with _reported(entry.path):
+        if suffix in IMAGE_SUFFIXES and entry.is_file():
+            return True
     other[suffix] += 1
     return False
 
 
-class _reported:
-    """Turn an OSError on `path` into a StorageError that says what to do."""
+@contextmanager
+def _reported(path: Path | str) -> Iterator[None]:
+    """Turn an OSError into a StorageError that names `path` and says what to do."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise StorageError(
+            f"{path}: cannot be read: {reason}; make it readable for this user and run the same command again"
+        ) from error
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
 
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, OSError):
-            reason = error.strerror or str(error)
-            raise StorageError(
-                f"{self._path}: cannot be read: {reason}; make it readable for this user and run the same "
-                "command again"
-            ) from error
+def _is_list(source: Path) -> bool:
+    return source.suffix.lower() == ".txt" and source.is_file()
 
 
 def _list_lines(source: Path) -> list[_Row]:
@@ -224,9 +230,7 @@ def _parse_line(line: str, where: str) -> _Row:
     if not tab:
         path, digits = line, ""
     if tab and not (_DIGITS.fullmatch(digits) and int(digits) <= _MAX_LABEL):
-        raise ImageListError(
-            f"{where}: the label after the tab must be an integer from 0 on, found {digits[:40]!r}"
-        )
+        raise ImageListError(f"{where}: the label after the tab must be an integer from 0 on, found {digits[:40]!r}")
     pure = PurePosixPath(path)
     if pure.is_absolute() or ".." in pure.parts or not pure.parts or "\0" in path:
         raise ImageListError(
@@ -265,6 +269,4 @@ def _refuse_duplicates(source: Path, keys: list[str], paths: list[str]) -> None:
         elif first[key] == path:
             raise ImageListError(f"{source}: {path} is listed twice; remove one of the lines")
         else:
-            raise ImageListError(
-                f"{source}: {first[key]} and {path} get the same key {key}; rename one of them"
-            )
+            raise ImageListError(f"{source}: {first[key]} and {path} get the same key {key}; rename one of them")

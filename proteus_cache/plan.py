@@ -114,8 +114,8 @@ class ExtractPlan:
         needed = self.bytes_todo * _MARGIN
         if needed > self.free_bytes:
             raise SpaceError(
-                f"{self.out}: {human_bytes(needed)} are needed (with 5 % to spare) and {human_bytes(self.free_bytes)} are "
-                f"free; {self._what_fits()}"
+                f"{self.out}: {human_bytes(needed)} are needed (with 5 % to spare) and "
+                f"{human_bytes(self.free_bytes)} are free; {self._what_fits()}"
             )
         if self.free_inodes is not None and self.files_todo * _MARGIN > self.free_inodes:
             raise SpaceError(
@@ -134,68 +134,9 @@ class ExtractPlan:
 
     def to_json(self) -> dict[str, Any]:
         """The plan for machines."""
-        value = asdict(self) | {"out": str(self.out), "bytes_todo": self.bytes_todo, "files_todo": self.files_todo}
+        value = asdict(self) | {
+            "out": str(self.out),
+            "bytes_todo": self.bytes_todo,
+            "files_todo": self.files_todo,
+        }
         return value | {"targets": {n: {"shape": list(s), "codec": c} for n, (s, c) in self.targets.items()}}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrainPlan:
-    """A training run that is about to start or continue."""
-
-    data: Path
-    out: Path
-    student: str
-    n_parameters: int
-    """Of the student and its heads."""
-    teacher: str
-    n_views: int
-    """View indices in turn, one an epoch."""
-    n_trained: int
-    """Samples of one view index that training draws from."""
-    n_held_out: int
-    """Tars that it never draws from."""
-    bytes_per_sample: float
-    """View and codes, as they are read."""
-    batch_size: int
-    steps_per_epoch: int
-    n_steps: int
-    peak_lr: float
-    processes: int
-    free_bytes: int
-    keep_checkpoints: int
-
-    @property
-    def run_bytes(self) -> int:
-        """Checkpoints (weights, average, two moments), the one being written included, and the final weights."""
-        return 4 * self.n_parameters * (4 * (self.keep_checkpoints + 1) + 2)
-
-    @property
-    def gigabytes_per_1000_views_s(self) -> float:
-        """Reading rate for every thousand views a second of training."""
-        return self.bytes_per_sample / 1e6
-
-    def lines(self) -> list[str]:
-        """The plan for people."""
-        held_out = f"; {self.n_held_out} tars held out" if self.n_held_out else ""
-        epochs = self.n_steps / self.steps_per_epoch
-        return [
-            f"student   {self.student}, {self.n_parameters / 1e6:.1f} M parameters with heads, from {self.teacher}",
-            f"data      {self.data}: {self.n_trained:,} samples x {self.n_views} views{held_out}",
-            f"steps     {self.n_steps:,} of batch {self.batch_size:,} ({epochs:,.4g} epochs of {self.steps_per_epoch:,}), "
-            f"peak lr {self.peak_lr:.3g}, {self.processes} process{'es' * (self.processes > 1)}",
-            f"reads     {human_bytes(self.bytes_per_sample)} a view: {self.gigabytes_per_1000_views_s:.2f} GB/s for every "
-            f"1,000 views/s, {human_bytes(self.bytes_per_sample * self.batch_size * self.n_steps)} in all",
-            f"writes    up to {human_bytes(self.run_bytes)} to {self.out}, {human_bytes(self.free_bytes)} free",
-        ]
-
-    def check(self) -> None:
-        """Refuse what cannot fit.
-
-        Raises:
-            SpaceError: the run's checkpoints do not.
-        """
-        if self.run_bytes * _MARGIN > self.free_bytes:
-            raise SpaceError(
-                f"{self.out}: checkpoints and weights need {human_bytes(self.run_bytes * _MARGIN)} and "
-                f"{human_bytes(self.free_bytes)} are free; give --out a larger disk"
-            )

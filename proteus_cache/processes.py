@@ -30,15 +30,25 @@ class Worker:
     count: int
 
 
-def worker_from_environment() -> Worker | None:
-    """The place that a launcher gave this process, or None outside a launcher.
-
-    Read in this order: RANK and WORLD_SIZE (torchrun, accelerate), SLURM_ARRAY_TASK_ID (counted from
-    SLURM_ARRAY_TASK_MIN) and SLURM_ARRAY_TASK_COUNT, SLURM_PROCID and SLURM_NTASKS (only inside `srun`).
-    """
+def rank_from_environment() -> Worker | None:
+    """The rank that torchrun, `accelerate launch` or `start_ranks` gave this process, or None outside of them."""
     environment = os.environ
     if "RANK" in environment and "WORLD_SIZE" in environment:
         return _worker(environment["RANK"], environment["WORLD_SIZE"])
+    return None
+
+
+def worker_from_environment() -> Worker | None:
+    """The share of the units that a launcher gave this process, or None outside a launcher.
+
+    Read in this order: the rank, as above; SLURM_ARRAY_TASK_ID (counted from SLURM_ARRAY_TASK_MIN) and
+    SLURM_ARRAY_TASK_COUNT; SLURM_PROCID and SLURM_NTASKS (only inside `srun`). Tasks of a SLURM array share nothing,
+    so they can extract together but not train together.
+    """
+    environment = os.environ
+    rank = rank_from_environment()
+    if rank is not None:
+        return rank
     if "SLURM_ARRAY_TASK_ID" in environment and "SLURM_ARRAY_TASK_COUNT" in environment:
         first = int(environment.get("SLURM_ARRAY_TASK_MIN", "0"))
         return _worker(int(environment["SLURM_ARRAY_TASK_ID"]) - first, environment["SLURM_ARRAY_TASK_COUNT"])
@@ -52,7 +62,9 @@ def _worker(index: str | int, count: str | int) -> Worker:
 
     worker = Worker(int(index), int(count))
     if not 0 <= worker.index < worker.count:
-        raise UsageError(f"the launcher says worker {worker.index} of {worker.count}: the index must be below the count")
+        raise UsageError(
+            f"the launcher says worker {worker.index} of {worker.count}: the index must be below the count"
+        )
     return worker
 
 

@@ -85,7 +85,7 @@ def write_new(path: Path, chunks: Buffer | Iterable[Buffer]) -> Written:
             descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
             try:
                 for chunk in _as_chunks(chunks):
-                    view = memoryview(chunk).cast("B")
+                    view = memoryview(chunk).cast("B")  # type: ignore[arg-type]  # numpy types its buffer from 3.12 on
                     digest.update(view)
                     size += view.nbytes
                     _write_all(descriptor, view)

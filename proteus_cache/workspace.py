@@ -1,6 +1,6 @@
 """The folder PROTEUS_HOME: where caches, packs and runs are kept, and which of them a training means.
 
-    $PROTEUS_HOME/caches/TEACHER     $PROTEUS_HOME/packs/CACHE_ID     $PROTEUS_HOME/runs/STUDENT
+$PROTEUS_HOME/caches/TEACHER     $PROTEUS_HOME/packs/CACHE_ID     $PROTEUS_HOME/runs/STUDENT
 """
 
 from __future__ import annotations

@@ -32,9 +32,7 @@ def test_data() -> Path:
     """The folder with real photographs and reference outputs; it is not part of the repository."""
     folder = os.environ.get("PROTEUS_TEST_DATA")
     if not folder:
-        pytest.skip(
-            "PROTEUS_TEST_DATA is not set: it names the folder with real photographs and reference outputs"
-        )
+        pytest.skip("PROTEUS_TEST_DATA is not set: it names the folder with real photographs and reference outputs")
     path = Path(folder)
     if not path.is_dir():
         # A misspelt folder must not turn into a hundred quiet skips.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -60,7 +61,7 @@ def make_teacher(path: Path, seed: int = 0) -> Path:
     return path
 
 
-def make_config(folder: Path, n_images: int = 10, **changes: object) -> ExtractConfig:
+def make_config(folder: Path, n_images: int = 10, **changes: Any) -> ExtractConfig:  # fields of the config
     """An extraction of `n_images` new images by a new tiny teacher into `folder/cache`."""
     if not (folder / "images").exists():
         make_images(folder / "images", n_images)
@@ -77,7 +78,7 @@ def make_config(folder: Path, n_images: int = 10, **changes: object) -> ExtractC
         workers=0,
         device="cpu",
     )
-    return replace(config, **changes)  # type: ignore[arg-type]  # fields of the config
+    return replace(config, **changes)
 
 
 def run_extract(config: ExtractConfig, worker: Worker | None = None) -> ExtractResult:
@@ -85,8 +86,23 @@ def run_extract(config: ExtractConfig, worker: Worker | None = None) -> ExtractR
     return extract(config, plan_cache(config), worker or Worker(0, 1), lambda _: None)
 
 
-def make_cache(folder: Path, n_images: int = 10, **changes: object) -> Cache:
+def make_cache(folder: Path, n_images: int = 10, **changes: Any) -> Cache:  # fields of the config
     """A finished small cache."""
     config = make_config(folder, n_images, **changes)
     run_extract(config)
     return open_cache(config.out)
+
+
+def identity(cache: Cache) -> dict[str, list[object]]:
+    """Units, keys and view digests: what must not depend on how an extraction went."""
+    found: dict[str, list[object]] = {}
+    for view in cache.views():
+        for shard in cache.units(view):
+            receipt = cache.receipt(view, shard)
+            assert receipt is not None
+            found[f"{view}/{shard}"] = [
+                receipt.samples.keys,
+                receipt.samples.view_digests,
+                receipt.samples.rows,
+            ]
+    return found

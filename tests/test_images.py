@@ -67,12 +67,8 @@ def test_folder_without_images_is_no_class(tmp_path: Path) -> None:
     assert list_images(tmp_path).classes == ("ant", "zebra")
 
 
-def test_hidden_names_and_other_suffixes_are_passed_over(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    touch(
-        tmp_path, "a/1.jpg", "a/._1.jpg", "a/.thumbs/2.jpg", ".git/3.jpg", "a/x.webp", "a/y.webp", "a/LICENSE"
-    )
+def test_hidden_names_and_other_suffixes_are_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    touch(tmp_path, "a/1.jpg", "a/._1.jpg", "a/.thumbs/2.jpg", ".git/3.jpg", "a/x.webp", "a/y.webp", "a/LICENSE")
     (tmp_path / "a" / "folder.jpg").mkdir()
 
     with caplog.at_level(logging.INFO):
@@ -133,6 +129,7 @@ def test_list_gives_paths_with_and_without_labels(tmp_path: Path) -> None:
         ("a.jpg\0.png", "does not stay inside"),
         ("\t3", "line 1: '' does not stay inside"),
         ("a.jpg\nb.jpg\na.jpg", "a.jpg is listed twice"),
+        ("a.jpg\nb.jpg\na.jpg\t3", "a.jpg is listed twice"),
         (b"a.jpg\n\xff.jpg\n", "line 2 is not UTF-8"),
     ],
 )
@@ -187,6 +184,14 @@ def test_name_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
     (tmp_path / os.fsdecode(b"\xff.jpg")).touch()
 
     with pytest.raises(ImageListError, match="not UTF-8; rename"):
+        list_images(tmp_path)
+
+
+def test_link_to_itself_is_a_storage_error(tmp_path: Path) -> None:
+    touch(tmp_path, "a/1.jpg")
+    (tmp_path / "a" / "2.jpg").symlink_to(tmp_path / "a" / "2.jpg")
+
+    with pytest.raises(StorageError, match=r"2\.jpg: cannot be read: Too many levels of symbolic links"):
         list_images(tmp_path)
 
 

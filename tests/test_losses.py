@@ -70,8 +70,7 @@ def test_shares_of_a_batch_average_to_the_loss_of_the_whole(border: int, seed: i
     parts = [slice(0, border), slice(border, 8)]
 
     shares = [
-        feature_loss(cls[part], patches[part], target_cls[part], target_patches[part], n_images=8 / 2)
-        for part in parts
+        feature_loss(cls[part], patches[part], target_cls[part], target_patches[part], n_images=8 / 2) for part in parts
     ]
 
     whole = feature_loss(cls, patches, target_cls, target_patches)

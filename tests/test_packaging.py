@@ -34,8 +34,7 @@ DEVELOPMENT = [_name(requirement) for requirement in PROJECT["optional-dependenc
 def test_every_dependency_has_a_reason() -> None:
     sections = (ROOT / "docs" / "dependencies.md").read_text().split("\n## ")
     tables = [
-        re.findall(r"^\| ([A-Za-z0-9][A-Za-z0-9-]*) \|", section, flags=re.MULTILINE)
-        for section in sections[1:3]
+        re.findall(r"^\| ([A-Za-z0-9][A-Za-z0-9-]*) \|", section, flags=re.MULTILINE) for section in sections[1:3]
     ]
 
     listed = [sorted(_name(name) for name in names if name != "Package") for names in tables]

@@ -13,7 +13,7 @@ from proteus_cache.errors import FormatError, SpaceError, StorageError
 
 
 def test_write_new_returns_size_and_digest_of_all_chunks(tmp_path: Path) -> None:
-    chunks = [b"abc", memoryview(b"defg"), np.arange(5, dtype=np.uint8)]
+    chunks: list[storage.Buffer] = [b"abc", memoryview(b"defg"), np.arange(5, dtype=np.uint8)]
 
     written = storage.write_new(tmp_path / "file", chunks)
 
@@ -56,9 +56,7 @@ def test_a_failed_write_removes_the_partial_file(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_after_a_failed_fsync_the_bytes_go_once_to_a_new_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_after_a_failed_fsync_the_bytes_go_once_to_a_new_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real_fsync, calls = os.fsync, []
 
     def fail_first(descriptor: int) -> None:

@@ -10,10 +10,7 @@ from proteus_cache.errors import FormatError
 
 
 def _tar(*files: tuple[str, bytes]) -> bytes:
-    return (
-        b"".join(tar.header(name, len(data)) + data + tar.padding(len(data)) for name, data in files)
-        + tar.END
-    )
+    return b"".join(tar.header(name, len(data)) + data + tar.padding(len(data)) for name, data in files) + tar.END
 
 
 _FILES = (("a_0.jpg", b"x" * 1000), ("a_0.json", b"{}\n"), ("b_1.png", b""), ("b_1.json", b"y" * 512))

@@ -17,7 +17,7 @@ def view_name(index: int) -> str:
 
 
 def view_index(view: str) -> int | None:
-    """"v000" to 0; None for the probe."""
+    """ "v000" to 0; None for the probe."""
     return None if view == PROBE else int(view[1:])
 
 
@@ -32,7 +32,7 @@ def shard_stem(shard: int) -> str:
 
 
 def shard_of_receipt(name: str) -> int | None:
-    """"s00012.json" to 12; None for any other name."""
+    """ "s00012.json" to 12; None for any other name."""
     match = _RECEIPT.match(name)
     return int(match.group(1)) if match and name == f"{shard_stem(int(match.group(1)))}.json" else None
 

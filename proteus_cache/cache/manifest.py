@@ -9,8 +9,6 @@ from pydantic import Field
 from proteus_cache.codecs.record import CodecRecord
 from proteus_cache.documents import Document
 
-FORMAT = "proteus-cache/cache"
-VERSION = 1
 _SHA256 = r"^[0-9a-f]{64}$"
 
 
@@ -71,8 +69,8 @@ class TargetRecord(Document):
 class Manifest(Document):
     """All that decides what a cache holds, but for how many view indices are extracted so far."""
 
-    format: Literal["proteus-cache/cache"] = FORMAT
-    version: Literal[1] = VERSION
+    format: Literal["proteus-cache/cache"] = "proteus-cache/cache"
+    version: Literal[1] = 1
     teacher: TeacherRecord
     images: ImagesRecord
     views: ViewsRecord

@@ -128,7 +128,12 @@ class Cache:
         if receipt.manifest != self.manifest_digest:
             raise FormatError(f"{path}: belongs to another cache (its manifest digest is {receipt.manifest[:12]})")
         rows = self.rows(view, shard)
-        if (receipt.view, receipt.shard, receipt.first_row, receipt.end_row) != (view, shard, rows.start, rows.stop):
+        if (receipt.view, receipt.shard, receipt.first_row, receipt.end_row) != (
+            view,
+            shard,
+            rows.start,
+            rows.stop,
+        ):
             raise FormatError(f"{path}: is the receipt of another unit ({receipt.view}/{receipt.shard})")
         self._check_columns(receipt, str(path))
         return receipt

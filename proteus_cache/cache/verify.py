@@ -6,6 +6,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from proteus_cache import storage
@@ -67,7 +68,7 @@ def _plan_files(cache: Cache, read_data: bool) -> Iterator[Finding]:
     for target in cache.manifest.targets:
         if target.codec.parameters is not None:
             relative = f"codec/{target.codec.parameters}.safetensors"
-            yield from _caught(relative, None, again, lambda target=target: cache.parameters_blob(target))
+            yield from _caught(relative, None, again, partial(cache.parameters_blob, target))
 
 
 def _unit(cache: Cache, view: str, shard: int, known: set[str], read_data: bool) -> list[Finding]:
@@ -112,7 +113,7 @@ def _unit_data(cache: Cache, receipt: Receipt, name: str, remedy: str) -> Iterat
     view, shard = receipt.view, receipt.shard
     for target in cache.manifest.targets:
         relative = array_folder(view, target.name)
-        yield from _caught(relative, name, remedy, lambda target=target: cache.read_codes(view, shard, target.name))
+        yield from _caught(relative, name, remedy, partial(cache.read_codes, view, shard, target.name))
     yield from _caught(f"views/{name}.tar", name, remedy, lambda: _check_views(cache, receipt))
 
 
@@ -122,7 +123,11 @@ def _check_views(cache: Cache, receipt: Receipt) -> None:
     for key, digest in zip(receipt.samples.keys, receipt.samples.view_digests, strict=True):
         data, sample = members[key]
         document = parse_sealed(sample, f"{key}.json")
-        if (document.get("key"), document.get("view"), document.get("view_digest")) != (key, receipt.view, digest):
+        if (document.get("key"), document.get("view"), document.get("view_digest")) != (
+            key,
+            receipt.view,
+            digest,
+        ):
             raise DamageError(f"{key}.json: is not the document of this view")
         if digest_pixels(decode_view(data, side_px)) != digest:
             raise DamageError(

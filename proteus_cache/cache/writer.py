@@ -185,7 +185,11 @@ def _tar_buffers(views: list[StoredView], view_format: str) -> Iterator[bytes]:
 
 
 def _receipt(
-    manifest: Manifest, manifest_digest: str, zarr_digests: dict[str, str], unit: Unit, files: dict[str, FileRecord]
+    manifest: Manifest,
+    manifest_digest: str,
+    zarr_digests: dict[str, str],
+    unit: Unit,
+    files: dict[str, FileRecord],
 ) -> Receipt:
     local = [view.row - unit.first_row for view in unit.views]
     crc32c = {

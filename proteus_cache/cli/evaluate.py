@@ -14,7 +14,8 @@ from proteus_cache.cli import settings, terminal
 def evaluate_command(
     run: Annotated[Path, typer.Argument(help="A finished run.")],
     images: Annotated[
-        Path | None, typer.Option(help="Class folders, or train and test (or val) with class folders in them.")
+        Path | None,
+        typer.Option(help="Class folders, or train and test (or val) with class folders in them."),
     ] = None,
     protocol: Annotated[str, typer.Option(help="knn: k nearest neighbours on CLS, as DINOv2 does it.")] = "knn",
     teacher: Annotated[str | None, typer.Option(help="A teacher to compare with.")] = None,

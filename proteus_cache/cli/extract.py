@@ -14,7 +14,19 @@ if TYPE_CHECKING:
     from proteus_cache.extract.config import ExtractConfig
 
 _FIELDS = (
-    *("teacher", "weights", "images", "out", "views", "targets", "codec", "augment", "size", "view_format", "seed"),
+    *(
+        "teacher",
+        "weights",
+        "images",
+        "out",
+        "views",
+        "targets",
+        "codec",
+        "augment",
+        "size",
+        "view_format",
+        "seed",
+    ),
     *("shard_size", "probe_images", "batch_size", "workers", "precision", "device", "gpus", "limit"),
 )
 _AGAIN = "finished units are kept: run the same command again to go on"
@@ -24,13 +36,16 @@ _AGAIN = "finished units are kept: run the same command again to go on"
 def extract_command(
     config: Annotated[Path | None, typer.Option(help="YAML file with any of these settings.")] = None,
     teacher: Annotated[
-        str | None, typer.Option(help="dinov2_vits14, _vitb14, _vitl14, _vitg14 (or _reg), timm:NAME, or vit.")
+        str | None,
+        typer.Option(help="dinov2_vits14, _vitb14, _vitl14, _vitg14 (or _reg), timm:NAME, or vit."),
     ] = None,
     weights: Annotated[
-        str | None, typer.Option(help="A .safetensors or .pth file, or random:SEED. Default: the official ones.")
+        str | None,
+        typer.Option(help="A .safetensors or .pth file, or random:SEED. Default: the official ones."),
     ] = None,
     images: Annotated[
-        Path | None, typer.Option(help="Class folders, a flat folder or a .txt list. Default: PROTEUS_IMAGES.")
+        Path | None,
+        typer.Option(help="Class folders, a flat folder or a .txt list. Default: PROTEUS_IMAGES."),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="The cache. Default: $PROTEUS_HOME/caches/TEACHER.")] = None,
     views: Annotated[int | None, typer.Option(help="Augmented views of each image. Default: 4.")] = None,
@@ -42,16 +57,21 @@ def extract_command(
     seed: Annotated[int | None, typer.Option(help="Of views, order and shards. Default: 0.")] = None,
     shard_size: Annotated[int | None, typer.Option(help="Images in a shard. Default: 1024.")] = None,
     probe_images: Annotated[
-        int | None, typer.Option(help="Images with one more view, never trained on. Default: 4096 from 16,384 on.")
+        int | None,
+        typer.Option(help="Images with one more view, never trained on. Default: 4096 from 16,384 on."),
     ] = None,
     batch_size: Annotated[int | None, typer.Option(help="Views in one forward of the teacher.")] = None,
     workers: Annotated[int | None, typer.Option(help="Rendering processes of each GPU.")] = None,
     precision: Annotated[str | None, typer.Option(help="fp32, fp16 or bf16. Default: fp16 on GPUs.")] = None,
     device: Annotated[str | None, typer.Option(help="cuda or cpu. Default: the GPUs there are.")] = None,
-    gpus: Annotated[int | None, typer.Option(help="Processes: GPUs to use, or CPU processes with --device cpu.")] = None,
+    gpus: Annotated[
+        int | None, typer.Option(help="Processes: GPUs to use, or CPU processes with --device cpu.")
+    ] = None,
     limit: Annotated[int | None, typer.Option(help="Take this many images, mixed over classes.")] = None,
     plan_only: Annotated[bool, typer.Option("--plan-only", help="Plan, publish the manifest, and leave.")] = False,
-    yes: Annotated[bool, typer.Option("--yes", help="Agree to removals; extract never removes, so it never asks.")] = False,
+    yes: Annotated[
+        bool, typer.Option("--yes", help="Agree to removals; extract never removes, so it never asks.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Run the teacher over augmented views of images and write a cache. Run it again to resume.
@@ -120,7 +140,8 @@ def _run(config: ExtractConfig, n_processes: int | None, plan_only: bool) -> dic
 def _plan(config: ExtractConfig) -> Any:
     from proteus_cache.extract.planning import plan_cache
 
-    return plan_cache(config)
+    with terminal.progress("fetch", "MB") as update:
+        return plan_cache(config, lambda done, total: update(done / 1e6, (total or done) / 1e6, 0))
 
 
 def _processes(config: ExtractConfig, asked: int | None) -> int:
@@ -158,11 +179,10 @@ def _extract(config: ExtractConfig, planned: Any, worker: Any) -> dict[str, Any]
 
     label = "extract" if worker.count == 1 else f"extract {worker.index + 1} of {worker.count}"
     with terminal.progress(label, "views") as update:
-        done = extract(
-            config, planned, worker, lambda at: update(at.views_done, at.views_all, at.bytes_written)
-        )
+        done = extract(config, planned, worker, lambda at: update(at.views_done, at.views_all, at.bytes_written))
     return _summary(
-        config, {"units_committed": done.units_committed, "seconds": round(done.seconds, 3), "pid": os.getpid()}
+        config,
+        {"units_committed": done.units_committed, "seconds": round(done.seconds, 3), "pid": os.getpid()},
     )
 
 
@@ -175,7 +195,10 @@ def _summary(config: ExtractConfig, measured: dict[str, Any]) -> dict[str, Any]:
 
 def _lines(outcome: dict[str, Any]) -> list[str]:
     if "plan" in outcome:
-        return [f"planned {outcome['cache']}", "next: the same command without --plan-only, on as many machines as you like"]
+        return [
+            f"planned {outcome['cache']}",
+            "next: the same command without --plan-only, on as many machines as you like",
+        ]
     views = f"{outcome['n_stored_views']:,} views in {len(outcome['views'])} view indices"
     state = "" if outcome["is_complete"] else f", {outcome['units_left']} units left to other processes"
     quarantined = f", {outcome['n_quarantined']} images quarantined" if outcome["n_quarantined"] else ""

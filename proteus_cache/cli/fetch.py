@@ -22,6 +22,8 @@ def fetch_command(
 
     with terminal.progress("fetch", "MB") as update:
         path = fetch_weights(
-            teacher, home=settings.home(), progress=lambda done, total: update(done / 1e6, (total or done) / 1e6, 0)
+            teacher,
+            home=settings.home(),
+            progress=lambda done, total: update(done / 1e6, (total or done) / 1e6, 0),
         )
     terminal.result(as_json, {"teacher": teacher, "weights": str(path)}, [f"weights of {teacher}: {path}"])

@@ -84,7 +84,7 @@ def merge(flags: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
 
 
 def names(value: str | list[str] | tuple[str, ...] | None) -> tuple[str, ...] | None:
-    """"cls,patch" or a YAML list as a tuple."""
+    """ "cls,patch" or a YAML list as a tuple."""
     if value is None:
         return None
     parts = value.split(",") if isinstance(value, str) else [str(part) for part in value]

@@ -15,7 +15,19 @@ if TYPE_CHECKING:
     from proteus_cache.train.progress import Progress
 
 _FIELDS = (
-    *("student", "data", "out", "epochs", "max_steps", "batch_size", "lr", "workers", "precision", "device", "seed"),
+    *(
+        "student",
+        "data",
+        "out",
+        "epochs",
+        "max_steps",
+        "batch_size",
+        "lr",
+        "workers",
+        "precision",
+        "device",
+        "seed",
+    ),
     "checkpoint_every",
 )
 _AGAIN = "add --resume to the same command to go on from the newest checkpoint"
@@ -35,7 +47,9 @@ def train_command(
     workers: Annotated[int | None, typer.Option(help="Reader processes of each rank.")] = None,
     precision: Annotated[str | None, typer.Option(help="fp32, fp16 or bf16. Default: bf16 on GPUs.")] = None,
     device: Annotated[str | None, typer.Option(help="cuda or cpu. Default: the GPUs there are.")] = None,
-    gpus: Annotated[int | None, typer.Option(help="Processes: GPUs to use, or CPU processes with --device cpu.")] = None,
+    gpus: Annotated[
+        int | None, typer.Option(help="Processes: GPUs to use, or CPU processes with --device cpu.")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Of initial weights, order and masks. Default: 0.")] = None,
     checkpoint_every: Annotated[int | None, typer.Option(help="Steps between checkpoints. Default: 1000.")] = None,
     resume: Annotated[
@@ -70,7 +84,7 @@ def _config_file(path: Path | None) -> dict[str, Any]:
 
 def _run(chosen: dict[str, Any], gpus: Any, resume: bool, yes: bool, what: str) -> dict[str, Any]:
     from proteus_cache.errors import UsageError
-    from proteus_cache.processes import start_ranks, worker_from_environment
+    from proteus_cache.processes import rank_from_environment, start_ranks
     from proteus_cache.train.config import config_from_mapping
     from proteus_cache.workspace import find_training_data
 
@@ -82,7 +96,7 @@ def _run(chosen: dict[str, Any], gpus: Any, resume: bool, yes: bool, what: str) 
     chosen.setdefault("out", home / "runs" / settings.folder_name(str(chosen["student"])))
     given_data = chosen.get("data")
     config_from_mapping(chosen | {"data": given_data or "."}, what)  # refuse bad settings before a long packing
-    launched = worker_from_environment()
+    launched = rank_from_environment()
     data = find_training_data(home, None if given_data is None else Path(given_data))
     if data.cache is not None:
         _pack_first(data.cache, data.pack, launched)
@@ -105,7 +119,8 @@ def _pack_first(cache: Path, pack: Path, launched: Any) -> None:
 
     if launched is not None and launched.count > 1:
         raise UsageError(
-            f"{cache}: pack it before a launcher starts {launched.count} processes: proteus-cache pack {cache} --out {pack}"
+            f"{cache}: pack it before a launcher starts {launched.count} processes: "
+            f"proteus-cache pack {cache} --out {pack}"
         )
     from proteus_cache.cli.pack import pack_with_progress
 
@@ -174,13 +189,20 @@ def _outcome(config: TrainConfig, done: Any, resume: bool) -> dict[str, Any]:
 
     summary = summarise_run(config.out)
     stopped_by = done.stopped_by if done is not None else None
-    return {"run": str(config.out), "stopped_by": stopped_by, "weights": summary["weights"], "last": summary["last_step"]}
+    return {
+        "run": str(config.out),
+        "stopped_by": stopped_by,
+        "weights": summary["weights"],
+        "last": summary["last_step"],
+    }
 
 
 def _lines(outcome: dict[str, Any]) -> list[str]:
     last = outcome["last"] or {}
     if outcome["stopped_by"] is not None:
-        return [f"run {outcome['run']}: stopped by {outcome['stopped_by']} after step {last.get('step', 0):,}; {_AGAIN}"]
+        return [
+            f"run {outcome['run']}: stopped by {outcome['stopped_by']} after step {last.get('step', 0):,}; {_AGAIN}"
+        ]
     return [
         f"run {outcome['run']}: step {last.get('step', 0):,}, loss {last.get('loss', float('nan')):.4g}; "
         f"wrote {', '.join(outcome['weights'])}",

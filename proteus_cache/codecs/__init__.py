@@ -9,8 +9,9 @@ fixed size. What must be remembered is a `CodecRecord` and, for fitted codecs, a
 SHA-256. Codecs know nothing of stores.
 """
 
-from proteus_cache.codecs.codec import Codec, CodecRecord, codec_for_target, fit_codec, load_codec
+from proteus_cache.codecs.codec import Codec, codec_for_target, fit_codec, load_codec
 from proteus_cache.codecs.dense import DenseCodec
+from proteus_cache.codecs.record import CodecRecord
 from proteus_cache.codecs.scalar import Int8Codec
 
 __all__ = ["Codec", "CodecRecord", "DenseCodec", "Int8Codec", "codec_for_target", "fit_codec", "load_codec"]

@@ -9,6 +9,7 @@ from typing import Literal, get_args
 
 import torch
 
+from proteus_cache.devices import best_device
 from proteus_cache.errors import UsageError
 from proteus_cache.evaluate.features import Features, extract_features
 from proteus_cache.evaluate.knn import K_NEIGHBOURS, TEMPERATURE, knn_scores
@@ -23,7 +24,6 @@ from proteus_cache.evaluate.models import (
     place,
 )
 from proteus_cache.evaluate.report import EvalReport, ModelScores
-from proteus_cache.extract.planning import best_device
 from proteus_cache.processes import usable_cores
 from proteus_cache.teachers.registry import load_teacher
 from proteus_cache.teachers.teacher import Teacher
@@ -122,8 +122,7 @@ def evaluate(
         n_test=len(test.labels),
         device=str(place_on),
         models=tuple(
-            _score(name, model, train, test, len(labelled.classes), place_on)
-            for name, model in models.items()
+            _score(name, model, train, test, len(labelled.classes), place_on) for name, model in models.items()
         ),
         n_bad_images=len(bad_images),
         bad_images=bad_images[:_NAMED],

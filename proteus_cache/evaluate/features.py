@@ -139,9 +139,7 @@ def _add_bad(bad_images: list[str], reason: str, n_images: int) -> None:
 def _cls(model: Teacher, views: Tensor) -> Tensor:
     features = model.targets(views, ["cls"])["cls"]
     if not features.isfinite().all() and model.precision != "fp32":
-        log.warning(
-            "not finite in precision=%s, going on in fp32 model=%s", model.precision, model.identity.name
-        )
+        log.warning("not finite in precision=%s, going on in fp32 model=%s", model.precision, model.identity.name)
         features = model.to(model.device, "fp32").targets(views, ["cls"])["cls"]
     if not features.isfinite().all():
         raise ProteusCacheError(

@@ -88,9 +88,7 @@ def _check_finished(run: Path) -> None:
         raise UsageError(f"{run}: not a run (it holds no {CONFIG}); give the RUN folder that train wrote")
     for name in (STUDENT, EMA):
         if not (run / name).is_file():
-            raise UsageError(
-                f"{run}: holds no {name} yet; finish the run with train --resume, then evaluate it"
-            )
+            raise UsageError(f"{run}: holds no {name} yet; finish the run with train --resume, then evaluate it")
 
 
 def _recorded_teacher(config: Path) -> tuple[str, str]:

@@ -70,20 +70,20 @@ class EvalReport:
 
 def report_table(report: EvalReport) -> str:
     """The report as lines of plain text; accuracies in percent."""
-    ks = [score.k for score in report.models[0].scores]
-    header = ["model", *(f"k={k} top-{places}" for k in ks for places in (1, 5)), "weights"]
+    header = ["model", *(f"k={score.k}" for score in report.models[0].scores), "weights"]
     rows = [
         [
             model.model,
-            *(_percent(value) for score in model.scores for value in (score.top1, score.top5)),
+            *(f"{_percent(score.top1)} / {_percent(score.top5)}" for score in model.scores),
             model.weights,
         ]
         for model in report.models
     ]
     lines = [
-        f"k-NN accuracy in percent, {report.student} after {report.steps:,} steps: {report.n_test:,} test "
-        f"images among {report.n_train:,} training images of {report.n_classes:,} classes",
-        f"images: {report.images} ({report.split}), {report.size_px} px",
+        f"k-NN accuracy, top-1 / top-5 in percent: {report.student} after {report.steps:,} steps",
+        f"{report.n_test:,} test images among {report.n_train:,} training images of {report.n_classes:,} classes, "
+        f"{report.size_px} px: {report.images}",
+        f"parts: {report.split}",
         "",
         *_aligned([header, *rows]),
     ]

@@ -100,11 +100,12 @@ class QuarantineLimit:
         for image in quarantined:
             if image.key not in self._keys:
                 self._keys.add(image.key)
-                logger.warning("quarantined key=%s reason=%s", image.key, image.reason)
+                logger.warning("quarantined path=%s reason=%s", image.path, image.reason)
             if len(self._keys) > self.limit:
                 raise ProteusCacheError(
                     f"{len(self._keys)} images cannot be used, more than the {self.limit} that are let pass; the last: "
-                    f"{image.reason}. Repair or remove them (a new list needs a new cache); finished units are kept"
+                    f"{image.path}: {image.reason}. Repair or remove them (a new list needs a new cache); "
+                    "finished units are kept"
                 )
 
 
@@ -266,7 +267,7 @@ class _Pipeline:
 
     def _submit(self, unit: _OpenUnit, buffers: dict[str, Tensor], writer: ThreadPoolExecutor) -> None:
         if self.device.type == "cuda":
-            unit.done = torch.cuda.Event()
+            unit.done = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch leaves it untyped
             unit.done.record()
         self.writing.append((unit, buffers, writer.submit(self._commit, unit)))
 
@@ -302,9 +303,7 @@ class _Pipeline:
             precision=unit.precision,
             made_with=self.made_with,
         )
-        receipt = commit_unit(
-            self.cache.layout, self.manifest, self.cache.manifest_digest, self.zarr[unit.view], ready
-        )
+        receipt = commit_unit(self.cache.layout, self.manifest, self.cache.manifest_digest, self.zarr[unit.view], ready)
         self.bytes_written += sum(file.size for file in receipt.files.values())
         logger.info("committed unit=%s/%s views=%d", unit.view, shard_stem(unit.shard), len(unit.views))
         return ready
@@ -360,4 +359,9 @@ def _made_with(device: torch.device) -> dict[str, str]:
     import timm
 
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    return {"torch": torch.__version__, "timm": timm.__version__, "decoder": decoder_version(), "device": name}
+    return {
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+        "decoder": decoder_version(),
+        "device": name,
+    }

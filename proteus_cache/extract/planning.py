@@ -13,6 +13,7 @@ import io
 import logging
 import platform
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ from proteus_cache.cache.layout import CacheLayout
 from proteus_cache.cache.manifest import ImagesRecord, Manifest, TargetRecord, TeacherRecord, ViewsRecord
 from proteus_cache.cache.reader import Cache, is_cache, open_cache
 from proteus_cache.codecs.codec import Codec, codec_for_target, load_codec, make_dense_or_fit
+from proteus_cache.devices import best_device
 from proteus_cache.errors import BadImageError, FormatError, ProteusCacheError, UsageError
 from proteus_cache.extract.config import (
     DEFAULT_CODEC,
@@ -82,8 +84,14 @@ class PlannedCache:
     """The teacher's rate on the planning batch; None likewise."""
 
 
-def plan_cache(config: ExtractConfig) -> PlannedCache:
+def plan_cache(
+    config: ExtractConfig, download_progress: Callable[[int, int | None], None] | None = None
+) -> PlannedCache:
     """Read the plan at `config.out`, or make and publish it.
+
+    Args:
+        config: as asked for.
+        download_progress: called with bytes done and in all while the teacher's weights are downloaded.
 
     Raises:
         UsageError: the folder holds something else or a cache with other settings, or a setting cannot be had.
@@ -92,12 +100,9 @@ def plan_cache(config: ExtractConfig) -> PlannedCache:
     """
     layout = CacheLayout(config.out)
     existing = _existing(layout)
-    teacher = _load_teacher(config, existing)
+    teacher = _load_teacher(config, existing, download_progress)
     image_root = config.images if config.images.is_dir() else config.images.parent
-    if existing is None:
-        calibration = _publish_plan(config, layout, teacher)
-    else:
-        calibration = None
+    calibration = _publish_plan(config, layout, teacher) if existing is None else None
     _finish_plan(layout)
     cache = open_cache(layout.root)
     _check_settings(config, cache.manifest, teacher)
@@ -118,32 +123,6 @@ def plan_cache(config: ExtractConfig) -> PlannedCache:
     )
 
 
-def best_device(asked: str | None) -> torch.device:
-    """The device asked for, else this process's GPU, else the CPU.
-
-    Raises:
-        UsageError: there is no such device.
-    """
-    import os
-
-    if asked is None:
-        asked = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(asked)
-    except RuntimeError as error:
-        raise UsageError(f"--device {asked!r} is not a device; try cuda, cuda:1 or cpu") from error
-    if device.type not in ("cuda", "cpu"):
-        raise UsageError(f"--device {asked!r}: only cuda and cpu are supported")
-    if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise UsageError(f"--device {asked}: torch {torch.__version__} sees no GPU here; try --device cpu")
-        index = device.index if device.index is not None else int(os.environ.get("LOCAL_RANK", "0"))
-        if index >= torch.cuda.device_count():
-            raise UsageError(f"--device cuda:{index}: there are {torch.cuda.device_count()} GPUs")
-        device = torch.device("cuda", index)
-    return device
-
-
 def _existing(layout: CacheLayout) -> Manifest | None:
     """The manifest that is there, or None for a folder that a cache may be made in."""
     if not layout.root.exists():
@@ -161,7 +140,9 @@ def _existing(layout: CacheLayout) -> Manifest | None:
     return None
 
 
-def _load_teacher(config: ExtractConfig, existing: Manifest | None) -> Teacher:
+def _load_teacher(
+    config: ExtractConfig, existing: Manifest | None, progress: Callable[[int, int | None], None] | None
+) -> Teacher:
     name = config.teacher or (existing.teacher.name if existing else None)
     if name is None:
         raise UsageError("no teacher: say which with --teacher, for example --teacher dinov2_vitg14")
@@ -169,7 +150,7 @@ def _load_teacher(config: ExtractConfig, existing: Manifest | None) -> Teacher:
     if weights is None and existing is not None and existing.teacher.weights_source.startswith("random:"):
         weights = existing.teacher.weights_source
     size_px = config.size_px or (existing.teacher.size_px if existing else None)
-    return load_teacher(name, weights=weights, home=config.home, size_px=size_px)
+    return load_teacher(name, weights=weights, home=config.home, size_px=size_px, progress=progress)
 
 
 def _publish_plan(config: ExtractConfig, layout: CacheLayout, teacher: Teacher) -> Calibration:
@@ -271,7 +252,12 @@ def _held_out(n_images: int, shard_size: int, seed: int) -> list[int]:
 
 
 def _calibrate(
-    config: ExtractConfig, teacher: Teacher, spec: ViewSpec, root: Path, table: pa.Table, names: tuple[str, ...]
+    config: ExtractConfig,
+    teacher: Teacher,
+    spec: ViewSpec,
+    root: Path,
+    table: pa.Table,
+    names: tuple[str, ...],
 ) -> Calibration:
     """Run the teacher over the first views: their size, its speed and precision, and tokens to fit codecs to."""
     device = best_device(config.device)
@@ -307,13 +293,15 @@ def _first_views(root: Path, table: pa.Table, spec: ViewSpec) -> tuple[Tensor, f
         pixels.append(torch.from_numpy(view.pixels))
         sizes.append(len(view.data) + len(view.sample_json))
     if not pixels:
-        raise ProteusCacheError(f"none of the first {len(table.slice(0, _CALIBRATION_IMAGES))} images can be read: {failed}")
+        raise ProteusCacheError(
+            f"none of the first {len(table.slice(0, _CALIBRATION_IMAGES))} images can be read: {failed}"
+        )
     return torch.stack(pixels), sum(sizes) / len(sizes)
 
 
 def _timed_targets(teacher: Teacher, pixels: Tensor, names: tuple[str, ...]) -> tuple[dict[str, Tensor], float]:
     """Targets of all pixels on the CPU, and views/s of the forwards but the first, which warms up."""
-    batches = pixels.split(16)
+    batches = torch.split(pixels, 16)
     parts: list[dict[str, Tensor]] = []
     seconds = 0.0
     for number, batch in enumerate(batches):
@@ -401,7 +389,9 @@ def _check_image_root(cache: Cache, root: Path, source: Path) -> None:
     """The folder given must hold at least one of the cache's first images."""
     first = cache.image_table["path"].slice(0, 16).to_pylist()
     if not any((root / path).is_file() for path in first):
-        raise UsageError(f"{source}: holds none of this cache's images (for example {first[0]}); give the folder that does")
+        raise UsageError(
+            f"{source}: holds none of this cache's images (for example {first[0]}); give the folder that does"
+        )
 
 
 def _spec_of(manifest: Manifest) -> ViewSpec:

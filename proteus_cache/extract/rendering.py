@@ -76,12 +76,11 @@ class RenderDataset(Dataset[Rendered]):
             try:
                 view = make_view(self.root / path, path, key, label, job.view, self.spec)
             except BadImageError as error:
-                quarantined.append(Quarantined(row=row, key=key, path=path, reason=str(error)))
+                reason = str(error).removeprefix(f"{self.root / path}: ")  # receipts are shared, local paths are not
+                quarantined.append(Quarantined(row=row, key=key, path=path, reason=reason))
                 continue
             pixels[len(views)] = view.pixels
-            views.append(
-                StoredView(row=row, key=key, data=view.data, digest=view.digest, sample_json=view.sample_json)
-            )
+            views.append(StoredView(row=row, key=key, data=view.data, digest=view.digest, sample_json=view.sample_json))
         made = pixels[: len(views)]
         return Rendered(job, views, torch.from_numpy(made) if self.share_memory else made, quarantined)
 
@@ -112,12 +111,12 @@ def render_jobs(
     loader: DataLoader[Rendered] = DataLoader(
         dataset,
         batch_size=None,
-        sampler=jobs,  # type: ignore[arg-type]  # any iterable serves; torch asks for a Sampler of ints
+        sampler=jobs,  # any iterable of jobs serves
         num_workers=workers,
         prefetch_factor=_PREFETCH,
         multiprocessing_context=context,
         worker_init_fn=_start_worker,
-        collate_fn=_keep,
+        collate_fn=_keep,  # type: ignore[arg-type]  # without batching it gets one item, not a list
         pin_memory=pin,
     )
     yield from loader

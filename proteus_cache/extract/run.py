@@ -14,9 +14,10 @@ import torch
 from proteus_cache import storage
 from proteus_cache.cache.layout import PROBE, view_name
 from proteus_cache.cache.reader import Cache
+from proteus_cache.devices import best_device
 from proteus_cache.extract.config import DEFAULT_VIEWS, ExtractConfig
 from proteus_cache.extract.pipeline import Progress, extract_units, units_to_do
-from proteus_cache.extract.planning import PlannedCache, best_device
+from proteus_cache.extract.planning import PlannedCache
 from proteus_cache.extract.rendering import default_workers
 from proteus_cache.plan import ExtractPlan
 from proteus_cache.processes import Worker, usable_cores

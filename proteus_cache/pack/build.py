@@ -7,25 +7,25 @@ Threads do the units: reading, hashing and writing leave the interpreter free. E
 from __future__ import annotations
 
 import logging
-import os
 import shutil
-from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import pyarrow as pa
 
 from proteus_cache import storage
-from proteus_cache.cache.layout import is_view, view_index
+from proteus_cache.cache.layout import PROBE, is_view, view_index
 from proteus_cache.cache.reader import Cache
 from proteus_cache.cache.receipt import FileRecord
 from proteus_cache.errors import FormatError, UsageError
 from proteus_cache.pack.document import PackDocument, PackTar, PackView
+from proteus_cache.pack.index import Records
 from proteus_cache.pack.plan import PackPlan, plan_pack, plan_path
-from proteus_cache.pack.unit import PackedUnit, UnitJob, move_unit, pack_unit, read_note, source_digest
+from proteus_cache.pack.slots import available_memory
+from proteus_cache.pack.unit import UnitJob, move_unit, pack_unit, read_note, source_digest
+from proteus_cache.pack.verify import verify_pack
 from proteus_cache.pack.writer import index_buffers
 from proteus_cache.processes import usable_cores
 
@@ -77,7 +77,7 @@ def workers_that_fit(plan: PackPlan, workers: int | None) -> int:
     A unit is held about four times while it is read, checked, recoded and written.
     """
     unit_bytes = plan.bytes_all // max(1, plan.n_units)
-    by_memory = psutil.virtual_memory().available // max(1, 4 * unit_bytes)
+    by_memory = available_memory() // max(1, 4 * unit_bytes)
     return max(1, min(workers or usable_cores(), plan.n_units, int(by_memory)))
 
 
@@ -89,126 +89,113 @@ def run_pack(plan: PackPlan, *, workers: int = 1, progress: Progress | None = No
         SpaceError: the disk is full; finished tars are kept.
         UsageError: the cache changed since it was planned.
     """
-    jobs = _jobs(plan)
     if plan.finished is not None:
-        return _only_move(plan, plan.finished, jobs, progress)
+        return _only_move(plan, plan.finished, progress)
     storage.make_folder(plan.out / "tmp")
     for view in plan.views:
         storage.make_folder(plan.out / view)
-    _write(plan.out, plan_path(plan.out), plan.document.sealed())
-    outcomes = _all_units(plan, jobs, workers, progress)
-    document = _finish(plan, [outcome.note for outcome in outcomes])
-    return _report(
-        plan,
-        document,
-        written=sum(not outcome.kept for outcome in outcomes),
-        moved=sum(outcome.moved for outcome in outcomes),
-    )
+    _write(plan.out, plan_path(plan.out), [plan.document.sealed()])
+    outcomes = _all_units(plan, workers, progress)
+    document = _finish(plan, outcomes)
+    kept = sum(outcome.kept for outcome in outcomes.values())
+    return _report(plan, document, written=plan.n_units - kept, moved=plan.n_units if plan.move else 0)
 
 
 @dataclass(frozen=True, slots=True)
 class _Outcome:
-    note: PackedUnit
+    tar: PackTar
     kept: bool
-    moved: bool
+    """Packed by an earlier run."""
 
 
-def _jobs(plan: PackPlan) -> list[UnitJob]:
-    """One job for each unit, by view index, then shard."""
+def _units(plan: PackPlan) -> list[tuple[str, int]]:
+    return [(view, shard) for view in plan.views for shard in range(len(plan.document.receipts[view]))]
+
+
+def _job(plan: PackPlan, view: str, shard: int) -> UnitJob:
     cache = plan.cache
-    table = cache.image_table
-    jobs = []
-    for view, receipts in plan.document.receipts.items():
-        for shard, receipt in enumerate(receipts):
-            rows = cache.rows(view, shard)
-            image_rows = [cache.image_row(view, row) for row in rows]
-            part = table.take(pa.array(image_rows, type=pa.int64()))
-            jobs.append(
-                UnitJob(
-                    cache=cache.path,
-                    out=plan.out,
-                    view=view,
-                    shard=shard,
-                    receipt=receipt,
-                    source=source_digest(receipt, plan.recodings),
-                    keys=part["key"].to_pylist(),
-                    image_rows=image_rows,
-                    labels=part["label"].to_pylist(),
-                )
-            )
-    return jobs
+    image_rows = [cache.image_row(view, row) for row in cache.rows(view, shard)]
+    part = cache.image_table.take(pa.array(image_rows, type=pa.int64()))
+    receipt = plan.document.receipts[view][shard]
+    return UnitJob(
+        cache=cache.path,
+        out=plan.out,
+        view=view,
+        shard=shard,
+        receipt=receipt,
+        source=source_digest(receipt, plan.document.targets),
+        keys=part["key"].to_pylist(),
+        image_rows=image_rows,
+        labels=part["label"].to_pylist(),
+    )
 
 
-def _all_units(
-    plan: PackPlan, jobs: list[UnitJob], workers: int, progress: Progress | None
-) -> list[_Outcome]:
+def _all_units(plan: PackPlan, workers: int, progress: Progress | None) -> dict[tuple[str, int], _Outcome]:
     """Pack all units, `workers` at a time; the first failure stops the rest."""
-    outcomes: dict[int, _Outcome] = {}
+    outcomes: dict[tuple[str, int], _Outcome] = {}
+    assert plan.cache.image_table.num_rows  # read before the threads ask for it
     with ThreadPoolExecutor(workers, thread_name_prefix="pack") as threads:
-        running = {threads.submit(_one_unit, plan, job): number for number, job in enumerate(jobs)}
+        running = {threads.submit(_one_unit, plan, view, shard): (view, shard) for view, shard in _units(plan)}
         try:
-            while running:
-                done, _ = wait(running, return_when=FIRST_COMPLETED)
-                for future in done:
-                    outcomes[running.pop(future)] = future.result()
+            for future in as_completed(running):
+                outcomes[running[future]] = future.result()
                 if progress is not None:
-                    progress(len(outcomes), len(jobs))
+                    progress(len(outcomes), len(running))
         except BaseException:
             threads.shutdown(wait=True, cancel_futures=True)
             raise
-    return [outcomes[number] for number in range(len(jobs))]
+    return outcomes
 
 
-def _one_unit(plan: PackPlan, job: UnitJob) -> _Outcome:
+def _one_unit(plan: PackPlan, view: str, shard: int) -> _Outcome:
+    job = _job(plan, view, shard)
     note = read_note(job)
     kept = note is not None
     if note is None:
-        if job.shard not in plan.cache.units(job.view):
+        if plan.cache.receipt(view, shard) is None:
             raise UsageError(
-                f"{job.tar_path}: is missing or damaged, and its unit was moved out of {job.cache} before; "
-                "the pack cannot be finished: extract that view index again and pack it to a new folder"
+                f"{job.tar_path}: is missing or damaged, and its unit was moved out of {job.cache} before, so this "
+                "pack cannot be finished; run the same extract again and pack to a new folder"
             )
         note = pack_unit(job, plan.recodings)
     if plan.move:
         move_unit(job, note.tar)
-    return _Outcome(note, kept, plan.move)
+    return _Outcome(note.tar, kept)
 
 
-def _only_move(
-    plan: PackPlan, pack: PackDocument, jobs: list[UnitJob], progress: Progress | None
-) -> PackReport:
+def _only_move(plan: PackPlan, pack: PackDocument, progress: Progress | None) -> PackReport:
     """The pack is there: check its sizes, and remove the cache's copies where asked to."""
-    from proteus_cache.pack.verify import verify_pack
-
     findings = verify_pack(plan.out, read_data=False)
     if findings:
         first = findings[0]
         raise FormatError(f"{plan.out / first.path}: {first.problem}; {first.remedy}")
-    _remove_temporary(plan.out)
+    shutil.rmtree(plan.out / "tmp", ignore_errors=True)
     moved = 0
-    for done, job in enumerate(jobs if plan.move else []):
-        receipt = plan.cache.receipt(job.view, job.shard)
-        if receipt is not None:
-            move_unit(job, pack.packed[job.view].tars[job.shard])
+    for done, (view, shard) in enumerate(_units(plan) if plan.move else []):
+        if _is_cached(plan.cache, view, shard):
+            move_unit(_job(plan, view, shard), pack.packed[view].tars[shard])
             moved += 1
         if progress is not None:
-            progress(done + 1, len(jobs))
+            progress(done + 1, plan.n_units)
     return _report(plan, pack, written=0, moved=moved)
 
 
-def _finish(plan: PackPlan, notes: list[PackedUnit]) -> PackDocument:
+def _is_cached(cache: Cache, view: str, shard: int) -> bool:
+    """Whether the cache still holds anything of a unit; a killed move leaves files without their receipt."""
+    paths = [cache.layout.receipt(view, shard), *map(cache.layout.resolve, cache.unit_files(view, shard))]
+    return any(storage.size_of(path) is not None for path in paths)
+
+
+def _finish(plan: PackPlan, outcomes: dict[tuple[str, int], _Outcome]) -> PackDocument:
     """Codec parameters, indices, and then pack.json."""
-    _sweep(plan)
-    for recoding in plan.recodings:
-        if recoding.blob is not None:
-            storage.make_folder(plan.out / "codec")
-            name = f"{recoding.target.codec.parameters}.safetensors"
-            _write(plan.out, plan.out / "codec" / name, recoding.blob)
-    packed: dict[str, PackView] = {}
-    first = 0
+    blobs = {f"{r.target.codec.parameters}.safetensors": r.blob for r in plan.recodings if r.blob is not None}
+    _sweep(plan, set(blobs))
+    for name, blob in blobs.items():
+        storage.make_folder(plan.out / "codec")
+        _write(plan.out, plan.out / "codec" / name, [blob])
+    packed = {}
     for view, receipts in plan.document.receipts.items():
-        packed[view] = _write_index(plan, view, notes[first : first + len(receipts)])
-        first += len(receipts)
+        packed[view] = _write_index(plan, view, [outcomes[view, shard].tar for shard in range(len(receipts))])
     manifest = plan.cache.manifest
     document = PackDocument(
         cache=plan.document.cache,
@@ -223,46 +210,46 @@ def _finish(plan: PackPlan, notes: list[PackedUnit]) -> PackDocument:
         packed=packed,
         licences=manifest.licences,
     )
-    _write(plan.out, plan.out / "pack.json", document.sealed())
-    _remove_temporary(plan.out)
+    _write(plan.out, plan.out / "pack.json", [document.sealed()])
+    shutil.rmtree(plan.out / "tmp", ignore_errors=True)
     return document
 
 
-def _write_index(plan: PackPlan, view: str, notes: list[PackedUnit]) -> PackView:
-    tars: list[PackTar] = [note.tar for note in notes]
-    buffers = b"".join(
-        index_buffers(view_index(view), plan.code_bytes, [note.index_records() for note in notes])
+def _write_index(plan: PackPlan, view: str, tars: list[PackTar]) -> PackView:
+    def records() -> Iterator[Records]:
+        for shard in range(len(tars)):
+            note = read_note(_job(plan, view, shard), prove=False)
+            if note is None or note.tar != tars[shard]:
+                raise UsageError(f"{plan.out}: another run packs there at the same time; let one of them finish")
+            yield note.index_records()
+
+    n_samples = sum(tar.n_samples for tar in tars)
+    temp, written = storage.write_durable(
+        plan.out / "tmp",
+        f"{view}.idx",
+        lambda: index_buffers(view_index(view), n_samples, len(tars), plan.code_bytes, records()),
     )
-    written = _write(plan.out, plan.out / f"{view}.idx", buffers)
-    return PackView(
-        index=FileRecord(size=written.size, sha256=written.sha256),
-        n_samples=sum(tar.n_samples for tar in tars),
-        tars=tars,
-    )
+    storage.publish(temp, plan.out / f"{view}.idx")
+    return PackView(index=FileRecord(size=written.size, sha256=written.sha256), n_samples=n_samples, tars=tars)
 
 
-def _write(out: Path, path: Path, data: bytes) -> storage.Written:
+def _write(out: Path, path: Path, data: list[bytes]) -> None:
     """One small file of the pack: written beside, synced, renamed."""
-    temp, written = storage.write_durable(out / "tmp", path.name, lambda: data)
+    temp, _ = storage.write_durable(out / "tmp", path.name, lambda: data)
     storage.publish(temp, path)
-    return written
 
 
-def _sweep(plan: PackPlan) -> None:
-    """Remove tars and indices that an earlier, abandoned plan left behind."""
+def _sweep(plan: PackPlan, blobs: set[str]) -> None:
+    """Remove tars, indices and parameters that an earlier, abandoned plan left behind."""
+    planned = set(plan.views)
     for name in storage.list_folder(plan.out):
-        path = plan.out / name
-        if is_view(name) and name not in plan.document.receipts:
-            shutil.rmtree(path)
-        elif path.suffix == ".idx" and is_view(path.stem) and path.stem not in plan.document.receipts:
-            storage.remove(path)
-
-
-def _remove_temporary(out: Path) -> None:
-    """Remove `tmp`; what cannot be removed does no harm."""
-    shutil.rmtree(out / "tmp", ignore_errors=True)
-    with suppress(OSError):
-        os.sync()
+        if is_view(name) and name not in planned:
+            shutil.rmtree(plan.out / name)
+        elif name.endswith(".idx") and name.removesuffix(".idx") not in planned:
+            storage.remove(plan.out / name)
+    for name in storage.list_folder(plan.out / "codec"):
+        if name not in blobs:
+            storage.remove(plan.out / "codec" / name)
 
 
 def _report(plan: PackPlan, pack: PackDocument, *, written: int, moved: int) -> PackReport:
@@ -270,8 +257,8 @@ def _report(plan: PackPlan, pack: PackDocument, *, written: int, moved: int) -> 
     return PackReport(
         path=plan.out,
         cache_id=pack.cache.cache_id,
-        views=list(pack.packed),
-        n_samples=sum(entry.n_samples for view, entry in pack.packed.items() if view != "probe"),
+        views=pack.view_names,
+        n_samples=sum(entry.n_samples for view, entry in pack.packed.items() if view != PROBE),
         bytes=sum(entry.index.size + sum(tar.size for tar in entry.tars) for entry in entries),
         units_written=written,
         units_kept=plan.n_units - written,

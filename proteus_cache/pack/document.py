@@ -1,5 +1,4 @@
-"""`pack.json`: what a pack is, where it comes from, and the size and digest of every file in it. Written
-last."""
+"""`pack.json`: what a pack is, where it comes from, and the size and digest of every file. Written last."""
 
 from __future__ import annotations
 
@@ -8,14 +7,12 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from proteus_cache.cache.layout import is_view
+from proteus_cache.cache.layout import PROBE, is_view
 from proteus_cache.cache.manifest import TeacherRecord, ViewsRecord
 from proteus_cache.cache.receipt import FileRecord
 from proteus_cache.codecs.record import CodecRecord
 from proteus_cache.documents import Document
 
-FORMAT = "proteus-cache/pack"
-VERSION = 1
 _SHA256 = r"^[0-9a-f]{64}$"
 
 
@@ -70,8 +67,8 @@ class PackView(Document):
 class PackDocument(Document):
     """The whole description of a pack."""
 
-    format: Literal["proteus-cache/pack"] = FORMAT
-    version: Literal[1] = VERSION
+    format: Literal["proteus-cache/pack"] = "proteus-cache/pack"
+    version: Literal[1] = 1
     cache: CacheIdentity
     teacher: TeacherRecord
     views: ViewsRecord
@@ -87,6 +84,11 @@ class PackDocument(Document):
     packed: dict[str, PackView] = Field(min_length=1)
     """View index ("v000", ..., "probe") to its files."""
     licences: dict[str, str]
+
+    @property
+    def view_names(self) -> list[str]:
+        """Packed view indices, ascending, the probe last."""
+        return sorted(self.packed, key=lambda view: (view == PROBE, len(view), view))
 
     @model_validator(mode="after")
     def _layout_agrees(self) -> Self:
@@ -107,7 +109,7 @@ class PackDocument(Document):
             raise ValueError("the packed views are not views, or not those of the identity")
         n_tars = math.ceil(self.n_images / self.shard_size)
         for view, entry in self.packed.items():
-            if view != "probe" and len(entry.tars) != n_tars:
+            if view != PROBE and len(entry.tars) != n_tars:
                 raise ValueError(f"{view} has {len(entry.tars)} tars instead of {n_tars}")
             if any(tar.n_samples > self.shard_size for tar in entry.tars):
                 raise ValueError(f"a tar of {view} has more samples than a shard")

@@ -58,9 +58,7 @@ def seal_records(records: Records) -> Records:
     sealed = records.copy()
     data = sealed.tobytes()
     starts = range(0, len(data), RECORD_BYTES)
-    sealed["record_crc32c"] = [
-        google_crc32c.value(data[start : start + RECORD_BYTES - 4]) for start in starts
-    ]
+    sealed["record_crc32c"] = [google_crc32c.value(data[start : start + RECORD_BYTES - 4]) for start in starts]
     return sealed
 
 
@@ -74,9 +72,7 @@ def index_header(view_index: int | None, n_records: int, n_tars: int, code_bytes
 class Index:
     """A mapped index file."""
 
-    def __init__(
-        self, path: Path, view_index: int | None, n_records: int, n_tars: int, code_bytes: int
-    ) -> None:
+    def __init__(self, path: Path, view_index: int | None, n_records: int, n_tars: int, code_bytes: int) -> None:
         """
         Args:
             path: of the `.idx` file.
@@ -106,7 +102,7 @@ class Index:
             ChecksumError: a record is damaged.
             FormatError: a record describes members that no packer writes.
         """
-        if numbers.size and not (0 <= numbers.min() and numbers.max() < self.n_records):
+        if numbers.size and not (numbers.min() >= 0 and numbers.max() < self.n_records):
             raise IndexError(f"{self.path}: holds records 0 to {self.n_records - 1}")
         records = self._records[numbers]
         data = records.tobytes()
@@ -115,9 +111,7 @@ class Index:
         for place, stored in enumerate(records["record_crc32c"].tolist()):
             start = RECORD_BYTES * place
             if value(data[start : start + end]) != stored:
-                raise ChecksumError(
-                    f"{self.path}: record {numbers[place]} is damaged (CRC-32C differs); {REMEDY}"
-                )
+                raise ChecksumError(f"{self.path}: record {numbers[place]} is damaged (CRC-32C differs); {REMEDY}")
         self._check(records, numbers)
         return records
 
@@ -136,9 +130,7 @@ class Index:
             & (records["json_size"] <= MAX_JSON_BYTES)
         )
         if not good.all():
-            raise FormatError(
-                f"{self.path}: record {numbers[int(np.argmin(good))]} has impossible numbers; {REMEDY}"
-            )
+            raise FormatError(f"{self.path}: record {numbers[int(np.argmin(good))]} has impossible numbers; {REMEDY}")
 
 
 REMEDY = "remove this pack and run `proteus-cache pack` again"

@@ -7,6 +7,7 @@ copy; where `/dev/shm` has no room for it, threads of this process read instead 
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 import weakref
@@ -91,9 +92,7 @@ def open_loader(
     if not 0 <= rank < world_size:
         raise UsageError(f"rank {rank} of {world_size} ranks does not exist")
     if order.batch_size < world_size:
-        raise UsageError(
-            f"a batch of {order.batch_size} cannot be shared by {world_size} ranks; raise --batch-size"
-        )
+        raise UsageError(f"a batch of {order.batch_size} cannot be shared by {world_size} ranks; raise --batch-size")
     for view in pack.layout.views:
         pack.check_index(view)
     shape = SlotShape(-(-order.batch_size // world_size), pack.code_bytes, pack.side_px)
@@ -118,9 +117,7 @@ class _Readers(Protocol):
 class Loader(Iterator[Batch]):
     """Batches in the order of their steps."""
 
-    def __init__(
-        self, order: Order, steps: range, rank: int, world_size: int, readers: _Readers, pin: bool
-    ) -> None:
+    def __init__(self, order: Order, steps: range, rank: int, world_size: int, readers: _Readers, pin: bool) -> None:
         self.bytes_read = 0
         """Codes and encoded views handed out so far."""
         self.waited_s = 0.0
@@ -207,10 +204,11 @@ def _copied(tensor: Tensor, pin: bool) -> Tensor:
 def _make_readers(layout: PackLayout, shape: SlotShape, n_workers: int, shared_folder: Path) -> _Readers:
     if n_workers == 0:
         return _Inline(layout, shape)
-    n_slots = n_workers * PREFETCH + _LENT
-    descriptor = shared_file(n_slots * shape.slot_bytes, shared_folder)
-    if descriptor is not None:
-        return _Processes(layout, shape, n_workers, n_slots, descriptor)
+    for prefetch in range(PREFETCH, 0, -1):
+        n_slots = n_workers * prefetch + _LENT
+        descriptor = shared_file(n_slots * shape.slot_bytes, shared_folder)
+        if descriptor is not None:
+            return _Processes(layout, shape, n_workers, prefetch, descriptor)
     logger.warning(
         "reading with %d threads instead of processes: %s has no room for %.0f MB of batches; "
         "give the container more shared memory, or use fewer workers or a smaller batch",
@@ -273,15 +271,12 @@ class _Threads:
 class _Processes:
     """Reader processes fill shared memory; whole batches go round them in turn."""
 
-    def __init__(
-        self, layout: PackLayout, shape: SlotShape, n_workers: int, n_slots: int, descriptor: int
-    ) -> None:
-        import os
-
-        self.n_ahead = n_workers * PREFETCH
+    def __init__(self, layout: PackLayout, shape: SlotShape, n_workers: int, prefetch: int, descriptor: int) -> None:
+        self.n_ahead = n_workers * prefetch
         self.shape = shape
         self._readers: list[ReaderProcess] = []
         self._asked = self._answered = 0
+        n_slots = self.n_ahead + _LENT
         try:
             self.pool = SlotPool(shape.slot_bytes, n_slots, descriptor)
             for _ in range(n_workers):

@@ -1,5 +1,4 @@
-"""Which stored view is where in training: a pure function of (seed, epoch), the same for any ranks and
-workers.
+"""Which stored view is where in training: a pure function of seed and epoch, for any ranks and workers.
 
     view index of an epoch   = views[epoch mod V]
     order of the tars        = permutation keyed by (seed, epoch, "tars")
@@ -87,14 +86,12 @@ class TrainingOrder:
         self._starts = [np.cumsum(count) - count for count in self._counts]
         excluded = np.fromiter(held_out, dtype=np.int64, count=len(held_out))
         self._tars = [np.setdiff1d(np.arange(count.size), excluded) for count in self._counts]
-        self.n_samples = min(
-            int(count[tars].sum()) for count, tars in zip(self._counts, self._tars, strict=True)
-        )
+        self.n_samples = min(int(count[tars].sum()) for count, tars in zip(self._counts, self._tars, strict=True))
         self.steps_per_epoch = self.n_samples // batch_size
         if self.steps_per_epoch == 0:
             raise UsageError(
-                f"a batch of {batch_size:,} is larger than the {self.n_samples:,} views that an epoch can draw from; "
-                "choose a smaller --batch-size or pack more images"
+                f"a batch of {batch_size:,} is larger than the {self.n_samples:,} views that an epoch draws "
+                "from; choose a smaller --batch-size or pack more images"
             )
         self._epoch_windows = lru_cache(maxsize=1)(self._make_windows)
         self._window = lru_cache(maxsize=2)(self._make_window)
@@ -105,12 +102,9 @@ class TrainingOrder:
         first = place * self.batch_size
         end = first + self.batch_size
         _, starts = self._epoch_windows(epoch)
-        numbers = range(
-            int(np.searchsorted(starts, first, side="right")) - 1, int(np.searchsorted(starts, end))
-        )
+        numbers = range(int(np.searchsorted(starts, first, side="right")) - 1, int(np.searchsorted(starts, end)))
         parts = [
-            self._window(epoch, number)[max(0, first - starts[number]) : end - starts[number]]
-            for number in numbers
+            self._window(epoch, number)[max(0, first - starts[number]) : end - starts[number]] for number in numbers
         ]
         return BatchPlan(epoch, self.view_indices[epoch % len(self.view_indices)], np.concatenate(parts))
 
@@ -162,9 +156,9 @@ def records_of_tars(counts: NDArray[np.int64], tars: NDArray[np.int64]) -> NDArr
     return _records_of(tars, np.cumsum(counts) - counts, counts)
 
 
-def _records_of(
-    tars: NDArray[np.int64], starts: NDArray[np.int64], counts: NDArray[np.int64]
-) -> NDArray[np.int64]:
+def _records_of(tars: NDArray[np.int64], starts: NDArray[np.int64], counts: NDArray[np.int64]) -> NDArray[np.int64]:
     sizes = counts[tars]
     offsets = np.cumsum(sizes) - sizes
-    return np.arange(int(sizes.sum()), dtype=np.int64) + np.repeat(starts[tars] - offsets, sizes)
+    records: NDArray[np.int64] = np.arange(int(sizes.sum()), dtype=np.int64)
+    records += np.repeat(starts[tars] - offsets, sizes)
+    return records

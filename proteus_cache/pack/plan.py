@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from proteus_cache import storage, tar
-from proteus_cache.cache.layout import PROBE
+from proteus_cache.cache.layout import PROBE, is_view
 from proteus_cache.cache.reader import Cache, combine_view_ids, open_cache
 from proteus_cache.cache.writer import rows_of_view
 from proteus_cache.codecs import codec_for_target
@@ -59,8 +59,8 @@ class PackPlan:
 
     @property
     def views(self) -> list[str]:
-        """View indices to pack, the probe last."""
-        return list(self.document.receipts)
+        """View indices to pack, ascending, the probe last."""
+        return sorted(self.document.receipts, key=lambda view: (view == PROBE, len(view), view))
 
     @property
     def n_units(self) -> int:
@@ -79,9 +79,7 @@ class PackPlan:
 
     def lines(self) -> list[str]:
         """The plan for people."""
-        targets = ", ".join(
-            f"{t.name} {'x'.join(map(str, t.shape))} {t.codec.name}" for t in self.document.targets
-        )
+        targets = ", ".join(f"{t.name} {'x'.join(map(str, t.shape))} {t.codec.name}" for t in self.document.targets)
         lines = [
             f"cache     {self.cache.path}",
             f"views     {', '.join(self.views)}: {self.n_units} tars",
@@ -125,13 +123,12 @@ class PackPlan:
             needed = min(needed, math.ceil(self.bytes_all / max(1, self.n_units) * _MARGIN) * (1 + n_at_once))
         if needed > self.free.bytes:
             raise SpaceError(
-                f"{self.out}: {human_bytes(needed)} are needed and {human_bytes(self.free.bytes)} are free; {self._what_fits()}"
+                f"{self.out}: {human_bytes(needed)} are needed and {human_bytes(self.free.bytes)} are free; "
+                f"{self._what_fits()}"
             )
         n_files = self.n_units + len(self.views) + 8
         if self.free.inodes is not None and not self.finished and n_files > self.free.inodes:
-            raise SpaceError(
-                f"{self.out}: {n_files:,} files are needed and {self.free.inodes:,} inodes are free"
-            )
+            raise SpaceError(f"{self.out}: {n_files:,} files are needed and {self.free.inodes:,} inodes are free")
 
     def _what_fits(self) -> str:
         n_views = sum(view != PROBE for view in self.views)
@@ -213,16 +210,15 @@ def _chosen_views(cache: Cache, views: Sequence[str] | None) -> list[str]:
     """View indices to pack, checked: ascending, the probe last."""
     complete = cache.complete_views()
     if not any(view != PROBE for view in complete):
-        raise UsageError(
-            f"{cache.path}: no view index is complete yet; run the same extract again to finish it"
-        )
+        raise UsageError(f"{cache.path}: no view index is complete yet; run the same extract again to finish it")
     if views is None:
         return complete
     missing = [view for view in views if view not in complete]
     if missing or not views:
         state = "is not complete, or not there" if missing else "is needed"
         raise UsageError(
-            f"{cache.path}: view index {', '.join(missing) or 'of some kind'} {state}; complete are {', '.join(complete)}"
+            f"{cache.path}: view index {', '.join(missing) or 'of some kind'} {state}; "
+            f"complete are {', '.join(complete)}"
         )
     return [view for view in complete if view in set(views)]
 
@@ -238,9 +234,7 @@ def _fresh(cache: Cache, views: list[str], recodings: list[Recoding]) -> PlanDoc
         cache_id=combine_view_ids([ids[view] for view in ids if view != PROBE]),
         view_ids={view: ids[view] for view in views},
     )
-    return PlanDocument(
-        cache=identity, targets=[recoding.target for recoding in recodings], receipts=receipts
-    )
+    return PlanDocument(cache=identity, targets=[recoding.target for recoding in recodings], receipts=receipts)
 
 
 def _receipt_digest(cache: Cache, view: str, shard: int) -> str:
@@ -254,20 +248,23 @@ def _finished_pack(out: Path) -> PackDocument | None:
         UsageError: `out` holds something else.
     """
     if is_pack(out):
-        return PackDocument.parse(
-            storage.read_bytes(out / "pack.json", MAX_DOCUMENT_BYTES), str(out / "pack.json")
-        )
-    names = storage.list_folder(out)
-    if names and "tmp" not in names:
-        raise UsageError(
-            f"{out}: holds something else ({', '.join(names[:3])}); give --out a new or empty folder"
-        )
+        return PackDocument.parse(storage.read_bytes(out / "pack.json", MAX_DOCUMENT_BYTES), str(out / "pack.json"))
+    names, begun = storage.list_folder(out), storage.list_folder(out / "tmp")
+    if "plan.json" in begun:
+        own = ("tmp", "codec")
+        foreign = [name for name in names if name not in own and not is_view(name.removesuffix(".idx"))]
+    else:
+        foreign = [name for name in names if name != "tmp"]
+        foreign += [f"tmp/{name}" for name in begun if not name.startswith("plan.json.")]
+    if foreign:
+        listed = ", ".join(foreign[:3])
+        raise UsageError(f"{out}: holds something else ({listed}); give --out a new or empty folder")
     return None
 
 
 def _receipts_of(pack: PackDocument) -> PlanDocument:
     """The plan that a finished pack was made by."""
-    receipts = {view: [tar.receipt for tar in entry.tars] for view, entry in pack.packed.items()}
+    receipts = {view: [tar.receipt for tar in pack.packed[view].tars] for view in pack.view_names}
     return PlanDocument(cache=pack.cache, targets=pack.targets, receipts=receipts)
 
 
@@ -292,12 +289,10 @@ def _refuse_difference(
     if basis.cache.manifest != cache.manifest_digest:
         difference = "it is of another cache"
     elif found != wanted:
-        described = [
-            ", ".join(f"{name} {codec}" for name, codec in targets.items()) for targets in (found, wanted)
-        ]
+        described = [", ".join(f"{name} {codec}" for name, codec in targets.items()) for targets in (found, wanted)]
         difference = f"its targets are {described[0]}, not {described[1]}"
     elif (set(views) if views is not None else packed | set(cache.complete_views())) != packed:
-        difference = f"its view indices are {', '.join(basis.receipts)}"
+        difference = f"its view indices are {', '.join(sorted(basis.receipts))}"
     else:
         return
     raise UsageError(f"{out}: holds another pack ({difference}); give another --out, or remove that pack")

@@ -61,9 +61,7 @@ def open_pack(path: str | Path) -> Pack:
     if not root.is_dir():
         raise UsageError(f"{root}: no such folder; give the folder that `proteus-cache pack` wrote")
     if not is_pack(root):
-        what = (
-            "a cache; pack it first" if (root / "manifest.json").exists() else "no pack (it has no pack.json)"
-        )
+        what = "a cache; pack it first" if (root / "manifest.json").exists() else "no pack (it has no pack.json)"
         raise UsageError(f"{root}: this is {what}; give the folder that `proteus-cache pack` wrote")
     data = storage.read_bytes(root / "pack.json", MAX_DOCUMENT_BYTES)
     return Pack(root, PackDocument.parse(data, str(root / "pack.json")), digest_of(data))
@@ -113,9 +111,7 @@ class Pack:
     @cached_property
     def views(self) -> list[str]:
         """Packed view indices, ascending, without the probe."""
-        return sorted(
-            (view for view in self.document.packed if view != PROBE), key=lambda view: int(view[1:])
-        )
+        return [view for view in self.document.view_names if view != PROBE]
 
     @property
     def has_probe(self) -> bool:
@@ -144,18 +140,14 @@ class Pack:
     def held_out_order(self, *, batch_size: int) -> SequentialOrder | None:
         """The held-out views of the first view index, once; None when nothing is held out."""
         tars = np.array(sorted(self.document.held_out), dtype=np.int64)
-        records = (
-            records_of_tars(self.counts(self.views[0]), tars) if self.views else np.empty(0, dtype=np.int64)
-        )
+        records = records_of_tars(self.counts(self.views[0]), tars) if self.views else np.empty(0, dtype=np.int64)
         return SequentialOrder(view_index(self.views[0]), records, batch_size) if records.size else None
 
     def probe_order(self, *, batch_size: int) -> SequentialOrder | None:
         """The probe's views, once; None without a probe."""
         if not self.has_probe or self.document.packed[PROBE].n_samples == 0:
             return None
-        return SequentialOrder(
-            None, np.arange(self.document.packed[PROBE].n_samples, dtype=np.int64), batch_size
-        )
+        return SequentialOrder(None, np.arange(self.document.packed[PROBE].n_samples, dtype=np.int64), batch_size)
 
     @cached_property
     def codecs(self) -> dict[str, Codec]:
@@ -171,8 +163,7 @@ class Pack:
     def decode(self, codes: Tensor) -> dict[str, Tensor]:
         """(B, code_bytes) uint8 to target name -> (B, *shape) float32, on the device of codes and codecs."""
         return {
-            t.name: self.codecs[t.name].decode(codes[:, t.offset : t.offset + t.codec.code_bytes])
-            for t in self.targets
+            t.name: self.codecs[t.name].decode(codes[:, t.offset : t.offset + t.codec.code_bytes]) for t in self.targets
         }
 
     def sample_reader(self) -> SampleReader:
@@ -207,11 +198,7 @@ class Pack:
         what = f"{self.path}/{view}: the document of record {number}"
         document = parse_sealed(self._reader.read_json(view, number), what)
         key, stated = document.get("key"), document.get("label")
-        if (
-            not isinstance(key, str)
-            or document.get("view") != view
-            or stated != (None if label == NO_LABEL else label)
-        ):
+        if not isinstance(key, str) or document.get("view") != view or stated != (None if label == NO_LABEL else label):
             raise FormatError(f"{what} belongs to another sample; {REMEDY}")
         targets = {name: tokens[0].numpy() for name, tokens in self.decode(torch.from_numpy(codes)).items()}
         return PackSample(key, stated, view_index(view), pixels[0], targets)

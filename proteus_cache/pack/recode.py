@@ -1,5 +1,4 @@
-"""From the codes of a cache to the codes of a pack: the same bytes, or decoded and encoded again by another
-codec."""
+"""From the codes of a cache to the codes of a pack: the same bytes, or encoded again by another codec."""
 
 from __future__ import annotations
 

@@ -70,9 +70,7 @@ class SampleReader:
         self._between = np.empty(2 * BLOCK, dtype=np.uint8)
         self._scratch = np.empty(1 << 20, dtype=np.uint8)
 
-    def read(
-        self, view: str, numbers: NDArray[np.int64], codes: NDArray[np.uint8], views: NDArray[np.uint8]
-    ) -> None:
+    def read(self, view: str, numbers: NDArray[np.int64], codes: NDArray[np.uint8], views: NDArray[np.uint8]) -> None:
         """Fill a batch.
 
         Args:
@@ -93,7 +91,7 @@ class SampleReader:
         places = (scratch[:size] for size in sizes)
         for at_row, size in zip(self._members(view, records, codes, places), sizes, strict=True):
             try:
-                views[at_row] = decode_view(memoryview(scratch)[:size], self.layout.side_px)
+                views[at_row] = decode_view(scratch[:size].data, self.layout.side_px)
             except FormatError as error:
                 raise FormatError(f"{self._where(view, records, at_row)}: {error}; {REMEDY}") from error
 
@@ -170,15 +168,11 @@ class SampleReader:
         for row, (tar, offset, size, codes_crc, view_crc, code, place) in enumerate(columns):
             descriptor = tar_of(view, tar)
             try:
-                found = preadv(descriptor, (code, between, place), offset)
+                found = preadv(descriptor, (code, between, place), offset)  # type: ignore[arg-type]  # buffers
             except OSError as error:
-                raise StorageError(
-                    f"{self._where(view, records, row)}: cannot read: {error.strerror}"
-                ) from error
+                raise StorageError(f"{self._where(view, records, row)}: cannot read: {error.strerror}") from error
             if found != size:
-                self._read_rest(
-                    descriptor, (code, between, place), offset, found, self._where(view, records, row)
-                )
+                self._read_rest(descriptor, (code, between, place), offset, found, self._where(view, records, row))
             if checksum(code) != codes_crc:
                 raise ChecksumError(self._damaged(view, records, row, "codes", "codes_offset"))
             if checksum(place) != view_crc:
@@ -200,7 +194,7 @@ class SampleReader:
 
     def _preadv(self, descriptor: int, places: list[NDArray[np.uint8]], offset: int) -> int:
         try:
-            return os.preadv(descriptor, places, offset)
+            return os.preadv(descriptor, [place.data for place in places], offset)
         except OSError as error:
             raise StorageError(f"{self.layout.root}: cannot read a tar: {error.strerror or error}") from error
 
@@ -224,13 +218,12 @@ class SampleReader:
     def _open_index(self, view: str) -> Index:
         n_records, n_tars = self.layout.views[view]
         with at(view=view):
-            return Index(
-                self.layout.index_path(view), view_index(view), n_records, n_tars, self.layout.code_bytes
-            )
+            return Index(self.layout.index_path(view), view_index(view), n_records, n_tars, self.layout.code_bytes)
 
     def _damaged(self, view: str, records: Records, row: int, what: str, offset: str) -> str:
         place = f"{self._where(view, records, row)}, byte {int(records[offset][row])}"
         return f"{place}: the {what} of this sample are damaged (CRC-32C differs); {REMEDY}"
 
     def _where(self, view: str, records: Records, row: int) -> str:
-        return f"{Path(self.layout.root, tar_name(view, int(records['tar'][row])))}: image row {int(records['row'][row])}"
+        path = Path(self.layout.root, tar_name(view, int(records["tar"][row])))
+        return f"{path}: image row {int(records['row'][row])}"

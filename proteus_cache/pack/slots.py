@@ -62,9 +62,7 @@ class SlotPool:
         """
         self.slot_bytes = slot_bytes
         private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-        self._map = mmap.mmap(
-            descriptor, slot_bytes * n_slots, flags=private if descriptor < 0 else mmap.MAP_SHARED
-        )
+        self._map = mmap.mmap(descriptor, slot_bytes * n_slots, flags=private if descriptor < 0 else mmap.MAP_SHARED)
         with suppress(OSError, AttributeError):
             self._map.madvise(mmap.MADV_HUGEPAGE)
         self._free = deque(range(n_slots))
@@ -101,13 +99,24 @@ class SlotPool:
         return array
 
 
+def available_memory() -> int:
+    """Bytes that can be used without swapping; a large number where the system does not say."""
+    with suppress(OSError, ValueError):
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return 1024 * int(line.split()[1])
+    return 1 << 50
+
+
 def shared_file(size: int, folder: Path) -> int | None:
-    """A descriptor of a nameless file of `size` bytes, every one reserved; None when `folder` has no room for
-    it.
+    """A descriptor of a nameless file of `size` bytes, every one reserved; None when there is no room for it.
 
     Nameless, so that nothing stays behind whoever is killed; reserved, so that a full file system is told now
-    and not by a bus error in the middle of training.
+    and not by a bus error in the middle of training. `folder` is a memory file system; at most half of the
+    memory that is available is taken, whatever its limit says.
     """
+    if size > available_memory() // 2:
+        return None
     try:
         descriptor = os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
     except OSError:

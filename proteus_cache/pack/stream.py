@@ -21,7 +21,7 @@ from proteus_cache.views.encode import decode_view
 
 
 def webdataset(path: str | Path) -> Any:  # webdataset ships no types
-    """Samples of a pack as a `webdataset.DataPipeline`; add `.shuffle(n)`, `.batched(n)` and so on to it.
+    """Samples of a pack as a WebDataset pipeline; add `.shuffle(n)`, `.batched(n)` and so on to it.
 
     Each sample is a dict: `__key__`, `label` (int or None), `view_index` (int), `view` (H, W, 3) uint8
     tensor, and `targets`: name to float32 tensor, `cls` (D,), all others (T, D). Tars come in order, the
@@ -31,6 +31,7 @@ def webdataset(path: str | Path) -> Any:  # webdataset ships no types
         UsageError: there is no pack at `path`.
     """
     import webdataset
+    from webdataset.compat import FluidWrapper
 
     pack = open_pack(path)
     places = [(view, number) for view in pack.views for number in range(len(pack.document.packed[view].tars))]
@@ -42,7 +43,7 @@ def webdataset(path: str | Path) -> Any:  # webdataset ships no types
             with open(pack.path / source["url"], "rb") as file:
                 yield {**source, "stream": file}
 
-    return webdataset.DataPipeline(
+    pipeline = webdataset.DataPipeline(
         _Tars(tars),
         webdataset.split_by_node,
         webdataset.split_by_worker,
@@ -51,6 +52,7 @@ def webdataset(path: str | Path) -> Any:  # webdataset ships no types
         webdataset.tariterators.group_by_keys,
         webdataset.map(_Decoder(pack)),
     )
+    return FluidWrapper(pipeline)
 
 
 class _Tars(torch.utils.data.IterableDataset[dict[str, Any]]):

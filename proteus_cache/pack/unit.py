@@ -24,7 +24,7 @@ from proteus_cache.cache.reader import Cache, open_cache
 from proteus_cache.cache.receipt import Receipt
 from proteus_cache.documents import MAX_DOCUMENT_BYTES, Document, canonical, digest_of, parse_sealed
 from proteus_cache.errors import ChecksumError, DamageError, FormatError, StorageError, UsageError
-from proteus_cache.pack.document import PackTar
+from proteus_cache.pack.document import PackTar, PackTarget
 from proteus_cache.pack.index import RECORD, Records
 from proteus_cache.pack.recode import Recoding
 from proteus_cache.pack.samples import tar_name
@@ -77,14 +77,17 @@ class UnitJob:
         return self.out / tar_name(self.view, self.shard)
 
 
-def source_digest(receipt: str, recodings: Sequence[Recoding]) -> str:
-    """Identity of what a tar is made from."""
-    targets = [recoding.target.model_dump(mode="json") for recoding in recodings]
-    return hashlib.sha256(canonical({"receipt": receipt, "targets": targets})).hexdigest()
+def source_digest(receipt: str, targets: Sequence[PackTarget]) -> str:
+    """Identity of what a tar is made from: a unit's receipt, and the targets with their codecs."""
+    described = [target.model_dump(mode="json") for target in targets]
+    return hashlib.sha256(canonical({"receipt": receipt, "targets": described})).hexdigest()
 
 
-def read_note(job: UnitJob) -> PackedUnit | None:
-    """The note of a tar that is there and was made from the same things; None when it has to be packed."""
+def read_note(job: UnitJob, prove: bool = True) -> PackedUnit | None:
+    """The note of a tar that is there and was made from the same things; None when it has to be packed.
+
+    `prove` reads the whole tar and compares its SHA-256; without it the size must do.
+    """
     if storage.size_of(job.note_path) is None:
         return None
     try:
@@ -93,7 +96,9 @@ def read_note(job: UnitJob) -> PackedUnit | None:
         logger.warning("packing again unit=%s/%s reason=%s", job.view, job.shard, error)
         return None
     is_whole = storage.size_of(job.tar_path) == note.tar.size and note.source == job.source
-    return note if is_whole and storage.sha256_of(job.tar_path) == (note.tar.size, note.tar.sha256) else None
+    if is_whole and prove:
+        is_whole = storage.sha256_of(job.tar_path) == (note.tar.size, note.tar.sha256)
+    return note if is_whole else None
 
 
 def pack_unit(job: UnitJob, recodings: Sequence[Recoding]) -> PackedUnit:
@@ -112,17 +117,13 @@ def pack_unit(job: UnitJob, recodings: Sequence[Recoding]) -> PackedUnit:
     extension = "jpg" if cache.manifest.views.view_format == "jpeg" else "png"
     records = make_records(samples, job.shard)
     temporary = job.out / "tmp"
-    temp, written = storage.write_durable(
-        temporary, job.tar_path.name, lambda: tar_buffers(samples, extension)
-    )
+    temp, written = storage.write_durable(temporary, job.tar_path.name, lambda: tar_buffers(samples, extension))
     storage.publish(temp, job.tar_path)
     tar = PackTar(size=written.size, sha256=written.sha256, receipt=job.receipt, n_samples=len(samples))
     note = PackedUnit(source=job.source, tar=tar, records=records.tobytes().hex())
     temp, _ = storage.write_durable(temporary, job.note_path.name, note.sealed)
     storage.publish(temp, job.note_path)
-    logger.info(
-        "packed unit=%s/%s views=%d bytes=%d", job.view, shard_stem(job.shard), len(samples), written.size
-    )
+    logger.info("packed unit=%s/%s views=%d bytes=%d", job.view, shard_stem(job.shard), len(samples), written.size)
     return note
 
 
@@ -138,7 +139,11 @@ def move_unit(job: UnitJob, tar: PackTar) -> None:
             f"{job.tar_path}: does not read back as written; the cache's copy is kept, look at the disk"
         )
     cache = open_cache(job.cache)
-    storage.remove(cache.layout.receipt(job.view, job.shard))
+    receipt = cache.layout.receipt(job.view, job.shard)
+    if storage.size_of(receipt) is not None:
+        if digest_of(storage.read_bytes(receipt, MAX_DOCUMENT_BYTES)) != job.receipt:
+            raise UsageError(f"{receipt}: is newer than the pack; it is kept, pack the cache to a new folder")
+        storage.remove(receipt)
     for relative in cache.unit_files(job.view, job.shard):
         path = cache.layout.resolve(relative)
         if storage.size_of(path) is not None:
@@ -154,9 +159,7 @@ def _planned_receipt(cache: Cache, job: UnitJob) -> Receipt:
     return receipt
 
 
-def _samples(
-    cache: Cache, receipt: Receipt, job: UnitJob, recodings: Sequence[Recoding]
-) -> list[PackedSample]:
+def _samples(cache: Cache, receipt: Receipt, job: UnitJob, recodings: Sequence[Recoding]) -> list[PackedSample]:
     stored = receipt.samples
     local = [row - receipt.first_row for row in stored.rows]
     by_target: list[list[NDArray[np.uint8]]] = []
@@ -178,9 +181,7 @@ def _check_sample(json: bytes, what: str, job: UnitJob, row: int, key: str, dige
     document = parse_sealed(json, what)
     stated = [document.get(field) for field in ("key", "view", "view_digest", "label")]
     if stated != [key, job.view, digest, job.labels[row]] or key != job.keys[row]:
-        raise FormatError(
-            f"{what}: does not belong to this receipt and image list; verify the cache with --read-data"
-        )
+        raise FormatError(f"{what}: does not belong to this receipt and image list; verify the cache with --read-data")
 
 
 def _forget_cached_pages(path: Path) -> None:

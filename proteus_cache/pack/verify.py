@@ -1,5 +1,4 @@
-"""Does a pack still hold what was packed? Structure and sizes by default, every digest and checksum on
-demand."""
+"""Does a pack still hold what was packed? Structure and sizes, or every digest and checksum."""
 
 from __future__ import annotations
 
@@ -14,6 +13,7 @@ import numpy as np
 
 from proteus_cache import storage, tar
 from proteus_cache.cache.layout import shard_stem
+from proteus_cache.cache.reader import combine_view_ids
 from proteus_cache.cache.verify import Finding
 from proteus_cache.documents import parse_sealed
 from proteus_cache.errors import DamageError, StorageError
@@ -56,9 +56,8 @@ def verify_pack(
 def _identity(pack: Pack) -> Iterator[Finding]:
     """Every view id follows from the receipts that its tars name."""
     for view, entry in pack.document.packed.items():
-        lines = [pack.document.cache.manifest, *(tar.receipt for tar in entry.tars)]
-        view_id = hashlib.sha256("".join(f"{line}\n" for line in lines).encode()).hexdigest()
-        if view_id != pack.document.cache.view_ids[view]:
+        receipts = [tar.receipt for tar in entry.tars]
+        if combine_view_ids([pack.document.cache.manifest, *receipts]) != pack.document.cache.view_ids[view]:
             yield Finding("pack.json", None, f"the identity of {view} is not that of its receipts", REMEDY)
 
 
@@ -121,16 +120,11 @@ def _check_tar(pack: Pack, view: str, number: int, records: Records) -> None:
     extension = "jpg" if pack.view_spec.view_format == "jpeg" else "png"
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as data:
         members = list(tar.members(file, len(data), str(path)))
-        if (
-            len(members) != 3 * len(records)
-            or len(records) != pack.document.packed[view].tars[number].n_samples
-        ):
+        if len(members) != 3 * len(records) or len(records) != pack.document.packed[view].tars[number].n_samples:
             raise DamageError(f"{path}: holds {len(members)} members for {len(records)} index records")
         for place, record in enumerate(records):
             sample = members[3 * place : 3 * place + 3]
-            if [m.extension for m in sample] != ["codes", extension, "json"] or len(
-                {m.key for m in sample}
-            ) != 1:
+            if [m.extension for m in sample] != ["codes", extension, "json"] or len({m.key for m in sample}) != 1:
                 raise DamageError(f"{path}: the members of record {place} are not one sample")
             for member, name in zip(sample, ("codes", "view", "json"), strict=True):
                 content = np.frombuffer(data, dtype=np.uint8, count=member.size, offset=member.offset)
@@ -139,12 +133,8 @@ def _check_tar(pack: Pack, view: str, number: int, records: Records) -> None:
                 if found != tuple(int(record[f"{name}_{field}"]) for field in ("offset", "size", "crc32c")):
                     raise DamageError(f"{path}: {member.name} is not what the index says")
             _, view_member, json_member = sample
-            document = parse_sealed(
-                data[json_member.offset : json_member.offset + json_member.size], json_member.name
-            )
-            pixels = decode_view(
-                data[view_member.offset : view_member.offset + view_member.size], pack.side_px
-            )
+            document = parse_sealed(data[json_member.offset : json_member.offset + json_member.size], json_member.name)
+            pixels = decode_view(data[view_member.offset : view_member.offset + view_member.size], pack.side_px)
             label = None if record["label"] == NO_LABEL else int(record["label"])
             stated = [document.get(field) for field in ("key", "view", "label")]
             if stated != [view_member.key, view, label]:
@@ -168,17 +158,13 @@ def _damaged_samples(pack: Pack, relative: str, number: int, records: Records | 
             if google_crc32c.value(data[start : start + size]) != int(record[f"{name}_crc32c"]):
                 damaged.append(f"{name} of image row {int(record['row'])}")
     return (
-        f": {', '.join(damaged[:5])}" + (f" and {len(damaged) - 5} more" if len(damaged) > 5 else "")
-        if damaged
-        else ""
+        f": {', '.join(damaged[:5])}" + (f" and {len(damaged) - 5} more" if len(damaged) > 5 else "") if damaged else ""
     )
 
 
 def _unknown_files(pack: Pack) -> Iterator[Finding]:
     known = {"pack.json", *(f"{view}.idx" for view in pack.document.packed)}
-    known |= {
-        f"codec/{t.codec.parameters}.safetensors" for t in pack.targets if t.codec.parameters is not None
-    }
+    known |= {f"codec/{t.codec.parameters}.safetensors" for t in pack.targets if t.codec.parameters is not None}
     for view, entry in pack.document.packed.items():
         known |= {tar_name(view, number) for number in range(len(entry.tars))}
     for folder, names, files in os.walk(pack.path):

@@ -1,5 +1,4 @@
-"""A reader process: takes record numbers through a pipe, fills slots of shared memory, and ends with its
-parent.
+"""A reader process: takes record numbers through a pipe, fills slots of shared memory, ends with its parent.
 
 It imports numpy and Pillow, not torch, and is started as a plain child, so it never runs the parent's main
 script a second time and inherits no lock, device or thread. A message to it is 16 bytes (slot, number of
@@ -106,15 +105,9 @@ class ReaderProcess:
         try:
             status = self._process.wait(_GRACE_S)
         except subprocess.TimeoutExpired:
-            return ProteusCacheError(
-                f"reader process {self.pid} does not answer any more; start the run again"
-            )
+            return ProteusCacheError(f"reader process {self.pid} does not answer any more; start the run again")
         how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
-        advice = (
-            "the machine may be out of memory: use fewer --workers"
-            if status == -signal.SIGKILL
-            else "see above"
-        )
+        advice = "the machine may be out of memory: use fewer --workers" if status == -signal.SIGKILL else "see above"
         return ProteusCacheError(f"reader process {self.pid} {how}; {advice}")
 
 
@@ -158,9 +151,10 @@ def _rebuilt(answer: dict[str, Any]) -> Exception:
     """The exception that the process met; unknown types become RuntimeError."""
     name, message = str(answer["error"]), str(answer["message"])
     kind = getattr(errors, name, None) or getattr(builtins, name, None)
-    known = isinstance(kind, type) and issubclass(kind, Exception) and not issubclass(kind, UnicodeError)
-    error = kind(message) if known else RuntimeError(f"{name}: {message}")
+    if isinstance(kind, type) and issubclass(kind, Exception) and not issubclass(kind, UnicodeError):
+        error: Exception = kind(message)
+    else:
+        error = RuntimeError(f"{name}: {message}")
     for note in answer["notes"]:
         error.add_note(note)
-    assert isinstance(error, Exception)
     return error

@@ -1,7 +1,8 @@
+"""The bytes of a pack: tars, index records, indices. Equal samples give equal bytes, anywhere."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import google_crc32c
@@ -60,18 +61,16 @@ def make_records(samples: Sequence[PackedSample], number: int) -> Records:
         record["tar"], record["row"] = number, sample.row
         record["label"] = NO_LABEL if sample.label is None else sample.label
         for name, size, crc in zip(("codes", "view", "json"), sizes, checksums, strict=True):
-            record[f"{name}_offset"], record[f"{name}_size"], record[f"{name}_crc32c"] = (
-                offset + tar.BLOCK,
-                size,
-                crc,
-            )
+            record[f"{name}_offset"], record[f"{name}_size"] = offset + tar.BLOCK, size
+            record[f"{name}_crc32c"] = crc
             offset += tar.BLOCK + tar.padded(size)
     return seal_records(records)
 
 
-def index_buffers(view_index: int | None, code_bytes: int, tars: Sequence[Records]) -> Iterator[bytes]:
-    """The bytes of an index file; `tars` holds the records of every tar, from 0; `view_index` None is the
-    probe."""
-    yield index_header(view_index, sum(records.size for records in tars), len(tars), code_bytes)
+def index_buffers(
+    view_index: int | None, n_records: int, n_tars: int, code_bytes: int, tars: Iterable[Records]
+) -> Iterator[bytes]:
+    """The bytes of an index file; `tars` gives the records of every tar, from 0; None is the probe."""
+    yield index_header(view_index, n_records, n_tars, code_bytes)
     for records in tars:
         yield records.tobytes()

@@ -16,7 +16,7 @@ from proteus_cache.plan import human_bytes
 
 
 def kind_of(path: Path) -> str:
-    """"cache", "pack" or "run".
+    """ "cache", "pack" or "run".
 
     Raises:
         UsageError: `path` is none of them.
@@ -50,7 +50,7 @@ def summarise_cache(path: Path) -> dict[str, Any]:
     cache = open_cache(path)
     manifest = cache.manifest
     receipts = {view: [cache.receipt(view, shard) for shard in cache.units(view)] for view in cache.views()}
-    views = {
+    views: dict[str, dict[str, Any]] = {
         view: {
             "units": len(found),
             "units_all": rows_of_view(manifest, view)[1],
@@ -61,14 +61,17 @@ def summarise_cache(path: Path) -> dict[str, Any]:
         for view, found in receipts.items()
     }
     stored = sum(entry["views"] for view, entry in views.items() if view != PROBE)
-    quarantined = {image.key for found in receipts.values() for receipt in found if receipt for image in receipt.quarantined}
+    quarantined = {
+        image.key for found in receipts.values() for receipt in found if receipt for image in receipt.quarantined
+    }
     return {
         "kind": "cache",
         "path": str(path),
         "manifest": cache.manifest_digest,
         "cache_id": cache.cache_id() if cache.complete_views() else None,
         "teacher": manifest.teacher.model_dump(),
-        "images": manifest.images.model_dump(exclude={"classes"}) | {"n_classes": len(manifest.images.classes or []) or None},
+        "images": manifest.images.model_dump(exclude={"classes"})
+        | {"n_classes": len(manifest.images.classes or []) or None},
         "view_spec": manifest.views.model_dump(),
         "targets": {target.name: target.model_dump(exclude={"name"}) for target in manifest.targets},
         "code_bytes": manifest.bytes_per_view,
@@ -105,7 +108,11 @@ def summarise_pack(path: Path) -> dict[str, Any]:
     pack = open_pack(path)
     document = pack.document
     packed = {
-        view: {"views": entry.n_samples, "tars": len(entry.tars), "bytes": sum(t.size for t in entry.tars) + entry.index.size}
+        view: {
+            "views": entry.n_samples,
+            "tars": len(entry.tars),
+            "bytes": sum(t.size for t in entry.tars) + entry.index.size,
+        }
         for view, entry in document.packed.items()
     }
     n_bytes = sum(entry["bytes"] for entry in packed.values())
@@ -216,7 +223,11 @@ def _describe_source(summary: dict[str, Any]) -> list[str]:
 def _describe_run(summary: dict[str, Any]) -> list[str]:
     train = (summary["config"] or {}).get("train", {})
     last = summary["last_step"]
-    lines = [f"run       {summary['path']}", f"student   {train.get('student')}", f"trained   from {train.get('data')}"]
+    lines = [
+        f"run       {summary['path']}",
+        f"student   {train.get('student')}",
+        f"trained   from {train.get('data')}",
+    ]
     if last:
         lines.append(f"step      {last['step']:,} (epoch {last['epoch']}), loss {last['loss']:.4g}")
     lines.append(f"newest    {summary['checkpoints'][-1] if summary['checkpoints'] else 'no checkpoint'}")

@@ -30,9 +30,7 @@ MLP_LAYERS: Mapping[str, Any] = {
 _NOT_BACKBONE = ("head.", "head_dist.", "fc_norm.", "attn_pool.")
 
 
-def build_vision_transformer(
-    arguments: Mapping[str, Argument], size_px: tuple[int, int]
-) -> VisionTransformer:
+def build_vision_transformer(arguments: Mapping[str, Argument], size_px: tuple[int, int]) -> VisionTransformer:
     """timm's VisionTransformer on the meta device: names and shapes, no memory.
 
     Args:
@@ -94,8 +92,7 @@ def check_size(size_px: int, patch_px: int, name: str) -> None:
     if size_px < patch_px or size_px % patch_px:
         below = max(size_px // patch_px, 1) * patch_px
         raise UsageError(
-            f"{name}: size {size_px} px is no multiple of its patch, {patch_px} px; "
-            f"try {below} or {below + patch_px}"
+            f"{name}: size {size_px} px is no multiple of its patch, {patch_px} px; try {below} or {below + patch_px}"
         )
 
 

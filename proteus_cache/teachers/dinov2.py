@@ -106,9 +106,7 @@ def build_dinov2(
     return model
 
 
-def resample_positions(
-    positions: Tensor, grid: tuple[int, int], n_prefix: int, *, has_registers: bool
-) -> Tensor:
+def resample_positions(positions: Tensor, grid: tuple[int, int], n_prefix: int, *, has_registers: bool) -> Tensor:
     """Position embeddings for another patch grid, by the official rule.
 
     Args:
@@ -134,9 +132,7 @@ def resample_positions(
         scale = (float(grid[0] + 0.1) / side, float(grid[1] + 0.1) / side)
         resized = functional.interpolate(square, scale_factor=scale, mode="bicubic", antialias=False)
     if tuple(resized.shape[-2:]) != grid:
-        raise UsageError(
-            f"the official position rule gives no {grid[0]} x {grid[1]} grid; choose another size"
-        )
+        raise UsageError(f"the official position rule gives no {grid[0]} x {grid[1]} grid; choose another size")
     return torch.cat([prefix, resized.permute(0, 2, 3, 1).flatten(1, 2)], dim=1).contiguous()
 
 

@@ -130,9 +130,7 @@ class Teacher:
                 intermediates_only=True,
             )
         pairs = cast(list[tuple[Tensor, Tensor]], outputs)
-        return {
-            block: BlockTokens(prefix, patch) for block, (patch, prefix) in zip(blocks, pairs, strict=True)
-        }
+        return {block: BlockTokens(prefix, patch) for block, (patch, prefix) in zip(blocks, pairs, strict=True)}
 
     def final_norm(self, tokens: Tensor) -> Tensor:
         """The model's final norm of (..., D) tokens, computed in float32 whatever the precision."""

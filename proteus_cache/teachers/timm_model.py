@@ -82,13 +82,9 @@ def _check_name(model_name: str) -> None:
 
 
 def _create(model_name: str, size_px: int | None, *, is_pretrained: bool) -> TokenModel:
-    size: dict[str, Any] = (
-        {} if size_px is None else {"img_size": size_px}
-    )  # Any: for timm's keyword arguments
+    size: dict[str, Any] = {} if size_px is None else {"img_size": size_px}  # Any: for timm's keyword arguments
     if is_pretrained and not timm.is_model_pretrained(model_name):
-        raise WeightsError(
-            f"timm has no published weights for {model_name}; pass --weights FILE or random:SEED"
-        )
+        raise WeightsError(f"timm has no published weights for {model_name}; pass --weights FILE or random:SEED")
     try:
         model = timm.create_model(model_name, pretrained=is_pretrained, num_classes=0, **size)
     except Exception as error:  # hub clients raise errors of several unrelated libraries

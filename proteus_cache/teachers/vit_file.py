@@ -91,9 +91,7 @@ def parse_description(metadata: Mapping[str, str], path: Path) -> DescribedVit:
         raise WeightsError(f"{path}: {_ARCHITECTURE} is not a JSON object of arguments")
     for key, value in arguments.items():
         if not _is_possible(key, value):
-            raise WeightsError(
-                f"{path}: {_ARCHITECTURE} has {key} = {value!r}, which teacher vit does not take"
-            )
+            raise WeightsError(f"{path}: {_ARCHITECTURE} has {key} = {value!r}, which teacher vit does not take")
     if missing := [key for key in _COUNTS if key not in arguments]:
         raise WeightsError(f"{path}: {_ARCHITECTURE} lacks {missing[0]}")
     if arguments["embed_dim"] % arguments["num_heads"]:
@@ -151,13 +149,9 @@ def _is_number(value: Any) -> bool:  # Any: whatever the JSON held
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _json(
-    metadata: Mapping[str, str], key: str, path: Path
-) -> Any:  # Any: what JSON holds is checked by the caller
+def _json(metadata: Mapping[str, str], key: str, path: Path) -> Any:  # Any: what JSON holds is checked by the caller
     if key not in metadata:
-        raise WeightsError(
-            f"{path}: its metadata have no {key}; teacher vit needs a file that describes its model"
-        )
+        raise WeightsError(f"{path}: its metadata have no {key}; teacher vit needs a file that describes its model")
     try:
         return json.loads(metadata[key])
     except (ValueError, RecursionError) as error:

@@ -71,9 +71,7 @@ def parse_weights(text: str) -> RandomWeights | Path:
     kind, colon, rest = text.partition(":")
     if kind == "random" and colon:
         if not (rest.isascii() and rest.isdigit() and int(rest) < 2**64):
-            raise UsageError(
-                f"--weights {text}: the seed must be a whole number from 0, for example random:0"
-            )
+            raise UsageError(f"--weights {text}: the seed must be a whole number from 0, for example random:0")
         return RandomWeights(int(rest))
     return Path(text).expanduser()
 
@@ -126,7 +124,7 @@ def read_metadata(path: Path) -> dict[str, str]:
         with safe_open(path, framework="pt") as file:
             return dict(file.metadata() or {})
     except (SafetensorError, OSError) as error:
-        raise WeightsError(f"{path}: not a readable safetensors file ({error})") from error
+        raise WeightsError(f"{path}: not a readable safetensors file ({_line(error)})") from error
 
 
 def fit_state(
@@ -153,14 +151,10 @@ def fit_state(
             problems.append(f"{name} is {tuple(state[name].shape)} instead of {shapes[name]}")
             break
     if problems:
-        raise WeightsError(
-            f"these weights are not of {what}: {'; '.join(problems)}{f'; {hint}' if hint else ''}"
-        )
+        raise WeightsError(f"these weights are not of {what}: {'; '.join(problems)}{f'; {hint}' if hint else ''}")
     for name in sorted(shapes):
         if state[name].dtype not in _SAFETENSORS_DTYPE or state[name].layout != torch.strided:
-            raise WeightsError(
-                f"tensor {name} is {state[name].dtype} ({state[name].layout}), not plain floating point"
-            )
+            raise WeightsError(f"tensor {name} is {state[name].dtype} ({state[name].layout}), not plain floating point")
     return {name: state[name].to(torch.float32).contiguous() for name in shapes}
 
 
@@ -174,13 +168,11 @@ def _load_safetensors(path: Path, fit: Fit) -> LoadedWeights:
         with safe_open(path, framework="pt") as file:
             raw = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
     except (SafetensorError, OSError) as error:
-        raise WeightsError(f"{path}: not a readable safetensors file ({error})") from error
+        raise WeightsError(f"{path}: not a readable safetensors file ({_line(error)})") from error
     state = _fitted(raw, str(path), fit)
     sha256 = state_digest(state)
     if metadata.get(_DIGEST_KEY, sha256) != sha256:
-        raise ChecksumError(
-            f"{path}: damaged (its tensors are not those that were written); remove it and run again"
-        )
+        raise ChecksumError(f"{path}: damaged (its tensors are not those that were written); remove it and run again")
     return LoadedWeights(state, sha256, metadata)
 
 
@@ -244,9 +236,7 @@ def _bytes_of(tensor: Tensor) -> memoryview:
     return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
-def _safetensors_chunks(
-    state: Mapping[str, Tensor], metadata: Mapping[str, str]
-) -> Iterator[bytes | memoryview]:
+def _safetensors_chunks(state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterator[bytes | memoryview]:
     """A safetensors file piece by piece, so that no second copy of the weights is held."""
     header: dict[str, object] = {"__metadata__": dict(metadata)}
     offset = 0

@@ -110,7 +110,7 @@ def write_checkpoint(
     except BaseException:
         shutil.rmtree(temp, ignore_errors=True)
         raise
-    _verify(final, digests=False)
+    verify_checkpoint(final, digests=False)
     for step in checkpoint_steps(folder)[:-keep]:
         _remove(folder / f"step-{step:08d}")
     log.info("wrote checkpoint=%s bytes=%d", final, sum(file.size for file in files.values()))
@@ -136,13 +136,10 @@ def newest_checkpoint(folder: Path) -> Checkpoint | None:
         try:
             return load_checkpoint(folder, step)
         except (DamageError, StorageError) as error:
-            log.warning(
-                "checkpoint step=%d is damaged and skipped, the one before it is used: %s", step, error
-            )
+            log.warning("checkpoint step=%d is damaged and skipped, the one before it is used: %s", step, error)
     if steps:
         raise DamageError(
-            f"{folder}: none of the {len(steps)} checkpoints is whole; remove them and start again "
-            "without --resume"
+            f"{folder}: none of the {len(steps)} checkpoints is whole; remove them and start again without --resume"
         )
     return None
 
@@ -155,13 +152,22 @@ def load_checkpoint(folder: Path, step: int) -> Checkpoint:
         StorageError: it cannot be read.
     """
     path = folder / f"step-{step:08d}"
-    state = _verify(path)
+    state = verify_checkpoint(path)
     model, ema, optimizer = (read_tensors(path / name)[0] for name in TENSOR_FILES)
     return Checkpoint(path, state, model, ema, optimizer)
 
 
-def _verify(path: Path, *, digests: bool = True) -> CheckpointState:
-    """The state of a checkpoint whose files have the sizes (and digests, unless told otherwise) it names."""
+def verify_checkpoint(path: Path, *, digests: bool = True) -> CheckpointState:
+    """The state of a checkpoint whose files are those it names.
+
+    Args:
+        path: of the folder.
+        digests: read all files and compare their SHA-256; otherwise only sizes are compared.
+
+    Raises:
+        DamageError: a file is missing, or not what was written.
+        StorageError: it cannot be read.
+    """
     state = CheckpointState.parse(storage.read_bytes(path / _STATE, _MAX_STATE_BYTES), str(path / _STATE))
     if sorted(state.files) != sorted(TENSOR_FILES):
         raise FormatError(f"{path / _STATE}: names the files {', '.join(sorted(state.files))}")

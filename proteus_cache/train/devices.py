@@ -28,9 +28,7 @@ def resolve_device(config: TrainConfig) -> str:
     """
     has_gpu = torch.cuda.is_available()
     if config.device == "cuda" and not has_gpu:
-        raise UsageError(
-            "--device cuda: torch finds no GPU here; use --device cpu, or a torch build with CUDA"
-        )
+        raise UsageError("--device cuda: torch finds no GPU here; use --device cpu, or a torch build with CUDA")
     return config.device or ("cuda" if has_gpu else "cpu")
 
 

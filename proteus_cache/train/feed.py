@@ -59,9 +59,7 @@ class DeviceFeed:
         device: where to.
     """
 
-    def __init__(
-        self, batches: Iterator[HostBatch], config: TrainConfig, n_patches: int, device: torch.device
-    ) -> None:
+    def __init__(self, batches: Iterator[HostBatch], config: TrainConfig, n_patches: int, device: torch.device) -> None:
         self._batches = batches
         self._config = config
         self._n_patches = n_patches
@@ -92,21 +90,16 @@ class DeviceFeed:
             return DeviceBatch(host.step, host.epoch, first_odd, host.views, host.codes, masks), None
         with torch.cuda.stream(self._stream):
             views, codes, masked = (
-                tensor.to(self._device, non_blocking=True)
-                for tensor in (host.views, host.codes, masks.pin_memory())
+                tensor.to(self._device, non_blocking=True) for tensor in (host.views, host.codes, masks.pin_memory())
             )
-            return DeviceBatch(
-                host.step, host.epoch, first_odd, views, codes, masked
-            ), self._stream.record_event()
+            return DeviceBatch(host.step, host.epoch, first_odd, views, codes, masked), self._stream.record_event()
 
     def _masks(self, host: HostBatch) -> npt.NDArray[np.int64]:
         config = self._config
         if config.weight_patch == 0:
             return np.empty((0, 0), np.int64)
         hidden = n_masked_patches(config.mask_ratio, self._n_patches)
-        return draw_masks(
-            config.seed, host.step, host.positions.numpy(), n_patches=self._n_patches, n_masked=hidden
-        )
+        return draw_masks(config.seed, host.step, host.positions.numpy(), n_patches=self._n_patches, n_masked=hidden)
 
 
 def cut(batch: DeviceBatch, n_parts: int) -> Iterator[DeviceBatch]:

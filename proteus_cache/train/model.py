@@ -16,8 +16,6 @@ from proteus_cache.students.heads import Heads, build_heads
 from proteus_cache.students.vit import clean_and_masked_tokens
 from proteus_cache.train.config import TrainConfig
 
-LOSS_NAMES = ("loss", "loss_token", "loss_feature", "loss_patch")
-
 
 class Distillation(nn.Module):
     """A student with what training adds to it; the losses come out of `forward`.
@@ -73,8 +71,7 @@ class Distillation(nn.Module):
         pixels = (views.permute(0, 3, 1, 2).float() - self.pixel_mean) / self.pixel_std
         token, feature, patch = self._losses(pixels, targets, masked_MK, slice(first_odd, None, 2), counts)
         parts = [
-            torch.full_like(pixels[0, 0, 0, 0], torch.nan) if part is None else part
-            for part in (token, feature, patch)
+            torch.full_like(pixels[0, 0, 0, 0], torch.nan) if part is None else part for part in (token, feature, patch)
         ]
         weighted = [weight * part for weight, part in zip(self.weights, parts, strict=True) if weight > 0]
         return torch.stack([torch.stack(weighted).sum(), *parts])
@@ -90,9 +87,7 @@ class Distillation(nn.Module):
         n_images, n_masked = counts
         token = feature = patch = None
         if self.mask_token is not None:
-            clean, masked = clean_and_masked_tokens(
-                self.student, pixels, masked_rows, masked_MK, self.mask_token
-            )
+            clean, masked = clean_and_masked_tokens(self.student, pixels, masked_rows, masked_MK, self.mask_token)
             predicted = self.heads["patch"](_take(masked[:, 1:], masked_MK))
             patch = patch_loss(predicted, _take(targets["patch"][masked_rows], masked_MK), n_images=n_masked)
         else:

@@ -74,8 +74,7 @@ class RunRecord:
             rates: over these steps.
         """
         lines = [
-            metric_line(result.step, result.epoch, result.lr, row)
-            for result, row in zip(results, rows, strict=True)
+            metric_line(result.step, result.epoch, result.lr, row) for result, row in zip(results, rows, strict=True)
         ]
         self._metrics.write(lines)
         if not lines:

@@ -36,6 +36,8 @@ HEADS = "heads.safetensors"
 EMA = "ema.safetensors"
 TENSORBOARD = "tensorboard"
 CHECKPOINTS = "checkpoints"
+LOSS_NAMES = ("loss", "loss_token", "loss_feature", "loss_patch")
+"""Losses of a step, in the order they are computed."""
 _OURS = frozenset({CONFIG, METRICS, TIMINGS, STUDENT, HEADS, EMA, TENSORBOARD, CHECKPOINTS})
 
 
@@ -78,28 +80,10 @@ def clear_leftovers(out: Path, *, is_new: bool) -> None:
 
 
 def write_config(out: Path, sections: Mapping[str, object]) -> None:
-    """Write `config.yaml`; its `train` section can be given to `train --config` as it is."""
+    """Write `config.yaml`; given to `train --config`, its `train` section makes the run again."""
     text = yaml.safe_dump(dict(sections), sort_keys=False, allow_unicode=True, width=110)
     temp, _ = storage.write_durable(out, f".{CONFIG}", text.encode)
     storage.publish(temp, out / CONFIG)
-
-
-def read_config(path: Path) -> dict[str, object]:
-    """The training settings of a YAML file: its `train` section, or the whole file when it has none.
-
-    Raises:
-        UsageError: missing, not YAML, or not a mapping.
-    """
-    try:
-        value = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise UsageError(f"{path}: cannot be read as a YAML file of settings ({reason})") from error
-    if isinstance(value, dict) and "train" in value:
-        value = value["train"]
-    if not isinstance(value, dict):
-        raise UsageError(f"{path}: must hold settings, one `name: value` a line")
-    return value
 
 
 class StepLog:
@@ -166,6 +150,5 @@ def metric_line(step: int, epoch: int, lr: float, losses: Sequence[float]) -> di
         lr: of this step.
         losses: sum, token, feature, patch; NaN for a loss of weight 0, which becomes null.
     """
-    names = ("loss", "loss_token", "loss_feature", "loss_patch")
-    values = {name: None if math.isnan(value) else value for name, value in zip(names, losses, strict=True)}
+    values = {name: None if math.isnan(value) else value for name, value in zip(LOSS_NAMES, losses, strict=True)}
     return {"step": step, "epoch": epoch, "lr": lr, **values}

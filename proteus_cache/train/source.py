@@ -39,9 +39,7 @@ def n_patches(pack: Pack) -> int:
 def target_decoder(pack: Pack, config: TrainConfig) -> TargetDecoder:
     """Decodes the targets that the losses need."""
     offsets = {target.name: target.offset for target in pack.targets}
-    return TargetDecoder(
-        tuple(CodedTarget(name, offsets[name], pack.codecs[name]) for name in config.targets)
-    )
+    return TargetDecoder(tuple(CodedTarget(name, offsets[name], pack.codecs[name]) for name in config.targets))
 
 
 def mean_sample_bytes(pack: Pack) -> int:

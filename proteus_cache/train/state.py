@@ -105,11 +105,7 @@ def _optimizer_tensors(state: TrainingState) -> dict[str, Tensor]:
     """AdamW's state as `exp_avg.NAME`, `exp_avg_sq.NAME`, `step.NAME`; empty before the first step."""
     by_index: Mapping[int, Mapping[str, Tensor]] = state.adamw.state_dict()["state"]
     names = _optimizer_names(state)
-    return {
-        f"{kind}.{names[index]}": tensor
-        for index, values in by_index.items()
-        for kind, tensor in values.items()
-    }
+    return {f"{kind}.{names[index]}": tensor for index, values in by_index.items() for kind, tensor in values.items()}
 
 
 def _load_optimizer(state: TrainingState, tensors: Mapping[str, Tensor]) -> None:

@@ -34,6 +34,5 @@ class TargetDecoder(nn.Module):
     def forward(self, codes: Tensor) -> dict[str, Tensor]:
         """(b, code_bytes) uint8 to float32 (b, *shape) by target name."""
         return {
-            name: codec.decode(codes[:, offset : offset + codec.code_bytes])
-            for name, offset, codec in self._places
+            name: codec.decode(codes[:, offset : offset + codec.code_bytes]) for name, offset, codec in self._places
         }

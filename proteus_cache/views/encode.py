@@ -1,8 +1,8 @@
 """View bytes and view pixels: encoding, strict decoding, and the digest that proves pixels equal.
 
 Teacher and student both see what `decode_view` gives, so they agree by construction under one decoder and by
-digest under two. It is the loader's inner loop: Pillow's JPEG or PNG reader is built directly, without a guess at
-the format, and all but some 40 of its 460 microseconds (224 pixels, one core) are libjpeg's.
+digest under two. It is the loader's inner loop: Pillow's JPEG or PNG reader is built directly, without a
+guess at the format, and all but some 40 of its 460 microseconds (224 pixels, one core) are libjpeg's.
 """
 
 from __future__ import annotations
@@ -97,9 +97,7 @@ def decode_view(data: bytes | memoryview, side_px: int) -> NDArray[np.uint8]:
             raise FormatError(f"view: neither JPEG nor PNG (it starts with {bytes(data[:8])!r})")
         if image.size != (side_px, side_px) or image.mode != "RGB":
             width, height = image.size
-            raise FormatError(
-                f"view: {width} x {height} {image.mode} found, {side_px} x {side_px} RGB expected"
-            )
+            raise FormatError(f"view: {width} x {height} {image.mode} found, {side_px} x {side_px} RGB expected")
         return np.array(image)
     except DECODER_ERRORS as error:
         raise FormatError(f"view: cannot be decoded ({error})") from error
@@ -110,13 +108,9 @@ def _check_ends(data: bytes | memoryview) -> None:
     start = bytes(data[:8])
     if start == _PNG_START:
         if bytes(data[-12:]) != _PNG_END or not _only_pixels(data):
-            raise FormatError(
-                "view: a PNG with other chunks than IHDR, IDAT and IEND, or not ending with IEND"
-            )
+            raise FormatError("view: a PNG with other chunks than IHDR, IDAT and IEND, or not ending with IEND")
     elif start.startswith(_JPEG_START) and bytes(data[-2:]) != _JPEG_END:
-        raise FormatError(
-            "view: a JPEG that does not end with its end marker (cut off, or with bytes after it)"
-        )
+        raise FormatError("view: a JPEG that does not end with its end marker (cut off, or with bytes after it)")
 
 
 def _only_pixels(data: bytes | memoryview) -> bool:

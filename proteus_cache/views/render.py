@@ -106,14 +106,10 @@ def _resize(image: Image.Image, recipe: Recipe, size_px: int) -> Image.Image:
     crop = recipe.crop
     right, bottom = crop.left + crop.width, crop.top + crop.height
     if right > image.width or bottom > image.height:
-        raise ValueError(
-            f"a recipe for another image: {crop} reaches out of {image.width} x {image.height} pixels"
-        )
+        raise ValueError(f"a recipe for another image: {crop} reaches out of {image.width} x {image.height} pixels")
     left, top = recipe.cut
     if left + size_px > recipe.resized[0] or top + size_px > recipe.resized[1]:
-        raise ValueError(
-            f"a recipe for another size: {size_px} at {recipe.cut} reaches out of {recipe.resized}"
-        )
+        raise ValueError(f"a recipe for another size: {size_px} at {recipe.cut} reaches out of {recipe.resized}")
     if (crop.width, crop.height) != image.size:
         image = image.crop((crop.left, crop.top, right, bottom))
     image = image.resize(recipe.resized, _BICUBIC)

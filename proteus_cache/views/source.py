@@ -66,8 +66,7 @@ def _read(path: Path) -> bytes:
     except OSError as error:
         reason = error.strerror or str(error)
         raise StorageError(
-            f"{path}: cannot be read: {reason}; put the file back or make it readable, and run the same "
-            "command again"
+            f"{path}: cannot be read: {reason}; put the file back or make it readable, and run the same command again"
         ) from error
     return data
 

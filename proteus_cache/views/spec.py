@@ -38,9 +38,7 @@ class ViewSpec:
         if self.augment not in get_args(Augment):
             raise ConfigError(f"augment must be one of {', '.join(get_args(Augment))}, got {self.augment!r}")
         if self.view_format not in get_args(ViewFormat):
-            raise ConfigError(
-                f"view_format must be one of {', '.join(get_args(ViewFormat))}, got {self.view_format!r}"
-            )
+            raise ConfigError(f"view_format must be one of {', '.join(get_args(ViewFormat))}, got {self.view_format!r}")
         if not MIN_SIZE_PX <= self.size_px <= MAX_SIZE_PX:
             raise ConfigError(f"size_px must be from {MIN_SIZE_PX} to {MAX_SIZE_PX}, got {self.size_px}")
         if not 0 <= self.seed < 2**63:

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -36,7 +37,12 @@ def test_the_folder_holds_what_the_format_says(finished: Cache) -> None:
     files = sorted(str(path.relative_to(finished.path)) for path in finished.path.rglob("*") if path.is_file())
 
     parameters = finished.target("patch").codec.parameters
-    expected = {"manifest.json", "images.parquet", f"codec/{parameters}.safetensors", "targets.zarr/zarr.json"}
+    expected = {
+        "manifest.json",
+        "images.parquet",
+        f"codec/{parameters}.safetensors",
+        "targets.zarr/zarr.json",
+    }
     for view, n_shards in (("v000", 3), ("v001", 3), ("probe", 1)):
         expected |= {f"targets.zarr/{view}/zarr.json"}
         expected |= {f"targets.zarr/{view}/{target}/zarr.json" for target in ("cls", "patch")}
@@ -48,7 +54,7 @@ def test_the_folder_holds_what_the_format_says(finished: Cache) -> None:
 
 
 def test_plain_zarr_reads_the_targets(finished: Cache) -> None:
-    group = zarr.open_group(finished.path / "targets.zarr", mode="r", zarr_format=3)
+    group: Any = zarr.open_group(finished.path / "targets.zarr", mode="r", zarr_format=3)  # its items are arrays
 
     cls, patch = group["v001/cls"], group["v001/patch"]
 
@@ -75,7 +81,7 @@ def test_plain_webdataset_reads_the_views(finished: Cache) -> None:
 
 
 def test_samples_decode_to_what_the_arrays_hold(finished: Cache) -> None:
-    group = zarr.open_group(finished.path / "targets.zarr", mode="r", zarr_format=3)
+    group: Any = zarr.open_group(finished.path / "targets.zarr", mode="r", zarr_format=3)  # its items are arrays
     record = finished.target("patch")
     codec = load_codec(record.codec, tuple(record.shape), finished.parameters_blob(record))
 

@@ -53,7 +53,9 @@ def test_int8_layout_is_the_documented_one() -> None:
     assert np.all(steps[1:] * 127 >= [1, 2])
     np.testing.assert_array_equal(levels, [[0, 0], [127, 127], [-127, 127]])
     np.testing.assert_allclose(
-        codec.decode(codec.encode(tokens))[0], mean + scale * torch.from_numpy(steps[:, None] * levels), atol=1e-6
+        codec.decode(codec.encode(tokens))[0],
+        mean + scale * torch.from_numpy(steps[:, None] * levels),
+        atol=1e-6,
     )
 
 
@@ -74,7 +76,7 @@ def test_an_outlier_costs_its_own_token_only() -> None:
 @settings(max_examples=50, deadline=None)
 @given(st.integers(0, 2**32), st.floats(1e-6, 1e6), st.floats(-1e4, 1e4))
 def test_int8_never_clips(seed: int, spread: float, centre: float) -> None:
-    codec = fit_codec("int8", _tokens(0, 4, n_tokens=8, width=6))
+    codec = Int8Codec.fit(_tokens(0, 4, n_tokens=8, width=6))
     tokens = torch.from_numpy(np.random.default_rng(seed).normal(centre, spread, (2, 8, 6))).float()
 
     error = (codec.decode(codec.encode(tokens)) - tokens) / codec.scale
@@ -95,7 +97,7 @@ def test_a_dead_channel_does_not_break_the_fit() -> None:
 
 
 def test_zero_codes_decode_to_the_mean() -> None:
-    codec = fit_codec("int8", _tokens(0, 8))
+    codec = Int8Codec.fit(_tokens(0, 8))
 
     decoded = codec.decode(torch.zeros(1, codec.code_bytes, dtype=torch.uint8))
 
@@ -145,7 +147,11 @@ def test_odd_parameters_are_refused() -> None:
 
 
 def test_cls_is_float32_under_float32_and_float16_under_all_others() -> None:
-    assert [codec_for_target(name, "cls") for name in ("float32", "float16", "int8")] == ["float32", "float16", "float16"]
+    assert [codec_for_target(name, "cls") for name in ("float32", "float16", "int8")] == [
+        "float32",
+        "float16",
+        "float16",
+    ]
     assert codec_for_target("int8", "patch") == "int8"
     with pytest.raises(ConfigError, match="int9"):
         codec_for_target("int9", "patch")

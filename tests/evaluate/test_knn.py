@@ -27,9 +27,7 @@ def _at(*degrees: float) -> Tensor:
 
 
 def _score_one(train: Tensor, labels: list[int], wanted: int, *, k: int, n_classes: int = 8) -> KnnScore:
-    (score,) = knn_scores(
-        train, torch.tensor(labels), _at(0), torch.tensor([wanted]), n_classes=n_classes, ks=[k]
-    )
+    (score,) = knn_scores(train, torch.tensor(labels), _at(0), torch.tensor([wanted]), n_classes=n_classes, ks=[k])
     return score
 
 
@@ -83,9 +81,7 @@ def test_few_training_images_all_vote_and_the_score_says_how_many() -> None:
 def test_without_test_images_there_is_no_score() -> None:
     none = torch.empty(0, 2)
 
-    (score,) = knn_scores(
-        _at(1), torch.tensor([0]), none, torch.empty(0, dtype=torch.int64), n_classes=1, ks=[1]
-    )
+    (score,) = knn_scores(_at(1), torch.tensor([0]), none, torch.empty(0, dtype=torch.int64), n_classes=1, ks=[1])
 
     assert score == KnnScore(k=1, n_neighbours=1, top1=None, top5=None)
 

@@ -78,13 +78,9 @@ def test_a_class_with_one_image_trains_and_is_named(tmp_path: Path) -> None:
     assert [labelled.classes[label] for label in labelled.test.labels] == ["cat"]
 
 
-@pytest.mark.parametrize(
-    ("present", "used"), [(["test"], "test"), (["val"], "val"), (["test", "val"], "test")]
-)
+@pytest.mark.parametrize(("present", "used"), [(["test"], "test"), (["val"], "val"), (["test", "val"], "test")])
 def test_parts_are_found_by_name(tmp_path: Path, present: list[str], used: str) -> None:
-    images = _touch(
-        tmp_path, "train/cat/1.jpg", "train/dog/2.jpg", *(f"{name}/dog/3.jpg" for name in present)
-    )
+    images = _touch(tmp_path, "train/cat/1.jpg", "train/dog/2.jpg", *(f"{name}/dog/3.jpg" for name in present))
 
     labelled = find_labelled_images(images, seed=0)
 

@@ -1,4 +1,3 @@
-
 from __future__ import annotations
 
 import hashlib
@@ -9,6 +8,7 @@ from numpy.typing import NDArray
 
 from proteus_cache.cache.layout import shard_stem, view_index
 from proteus_cache.cache.manifest import TeacherRecord, ViewsRecord
+from proteus_cache.cache.reader import combine_view_ids
 from proteus_cache.cache.receipt import FileRecord
 from proteus_cache.codecs.record import CodecRecord
 from proteus_cache.documents import seal
@@ -51,13 +51,14 @@ def write_pack(
             samples = [_sample(view, row, side_px, view_format, targets) for row in kept]
             extension = "png" if view_format == "png" else "jpg"
             written = write_new(root / view / f"{shard_stem(shard)}.tar", tar_buffers(samples, extension))
-            tars.append(
-                PackTar(size=written.size, sha256=written.sha256, receipt="f" * 64, n_samples=len(samples))
-            )
+            tars.append(PackTar(size=written.size, sha256=written.sha256, receipt="f" * 64, n_samples=len(samples)))
             records.append(make_records(samples, shard))
         packed[view] = _packed_view(root, view, code_bytes, tars, records)
+    view_ids = {
+        view: combine_view_ids(["a" * 64, *(tar.receipt for tar in entry.tars)]) for view, entry in packed.items()
+    }
     document = PackDocument(
-        cache=CacheIdentity(manifest="a" * 64, cache_id="b" * 64, view_ids=dict.fromkeys(views, "c" * 64)),
+        cache=CacheIdentity(manifest="a" * 64, cache_id="b" * 64, view_ids=view_ids),
         teacher=_teacher(side_px),
         views=_views(side_px, view_format),
         targets=targets,
@@ -105,12 +106,13 @@ def _sample(view: str, row: int, side_px: int, view_format: str, targets: list[P
     return PackedSample(key_of(row), row, row % 2, data, seal(document), expected_codes(view, row, targets))
 
 
-def _packed_view(
-    root: Path, view: str, code_bytes: int, tars: list[PackTar], records: list[Records]
-) -> PackView:
-    written = write_new(root / f"{view}.idx", index_buffers(view_index(view), code_bytes, records))
+def _packed_view(root: Path, view: str, code_bytes: int, tars: list[PackTar], records: list[Records]) -> PackView:
+    n_samples = sum(tar.n_samples for tar in tars)
+    written = write_new(
+        root / f"{view}.idx", index_buffers(view_index(view), n_samples, len(tars), code_bytes, records)
+    )
     index = FileRecord(size=written.size, sha256=written.sha256)
-    return PackView(index=index, n_samples=sum(tar.n_samples for tar in tars), tars=tars)
+    return PackView(index=index, n_samples=n_samples, tars=tars)
 
 
 def _targets(patch_bytes: int | None) -> list[PackTarget]:
@@ -126,17 +128,13 @@ def _targets(patch_bytes: int | None) -> list[PackTarget]:
     cls = _dense([WIDTH])
     return [
         PackTarget(name="cls", shape=[WIDTH], codec=cls, offset=0),
-        PackTarget(
-            name="patch", shape=[N_PATCHES, WIDTH], codec=_dense([N_PATCHES, WIDTH]), offset=cls.code_bytes
-        ),
+        PackTarget(name="patch", shape=[N_PATCHES, WIDTH], codec=_dense([N_PATCHES, WIDTH]), offset=cls.code_bytes),
     ]
 
 
 def _dense(shape: list[int]) -> CodecRecord:
     size = 2 * int(np.prod(shape))
-    return CodecRecord(
-        name="float16", code_bytes=size, parameters=None, array_dtype="float16", array_shape=shape
-    )
+    return CodecRecord(name="float16", code_bytes=size, parameters=None, array_dtype="float16", array_shape=shape)
 
 
 def _teacher(side_px: int) -> TeacherRecord:

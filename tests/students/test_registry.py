@@ -15,9 +15,7 @@ from proteus_cache.students.registry import STUDENTS, build_student, student_met
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)
 
 
-def _build(
-    name: str = "vit_ti14", *, size_px: int = 28, patch_px: int = 14, seed: int = 0
-) -> VisionTransformer:
+def _build(name: str = "vit_ti14", *, size_px: int = 28, patch_px: int = 14, seed: int = 0) -> VisionTransformer:
     return build_student(name, size_px=size_px, patch_px=patch_px, mean=MEAN, std=STD, seed=seed)
 
 
@@ -46,9 +44,7 @@ def test_weights_have_the_layout_of_timms_own_models(name: str, theirs: str) -> 
         ours = _build(name, size_px=224).state_dict()
         expected = timm.create_model(theirs, img_size=224, num_classes=0).state_dict()
 
-    assert {key: value.shape for key, value in ours.items()} == {
-        key: value.shape for key, value in expected.items()
-    }
+    assert {key: value.shape for key, value in ours.items()} == {key: value.shape for key, value in expected.items()}
 
 
 def test_initialisation_is_the_released_one() -> None:
@@ -107,9 +103,7 @@ def test_metadata_rebuild_the_model() -> None:
 
 
 def test_an_unknown_student_is_answered_with_the_nearest_name() -> None:
-    with pytest.raises(
-        UsageError, match=r"unknown student 'vit_s16'; choose one of .*; did you mean vit_s14\?"
-    ):
+    with pytest.raises(UsageError, match=r"unknown student 'vit_s16'; choose one of .*; did you mean vit_s14\?"):
         _build("vit_s16")
 
 

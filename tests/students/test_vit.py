@@ -18,9 +18,7 @@ def student() -> VisionTransformer:
     )
 
 
-def _masked_by_a_hook(
-    student: VisionTransformer, pixels: Tensor, hidden: Tensor, mask_token: Tensor
-) -> Tensor:
+def _masked_by_a_hook(student: VisionTransformer, pixels: Tensor, hidden: Tensor, mask_token: Tensor) -> Tensor:
     """Another way to the same pass: timm's own forward with the patch embedding's output changed."""
 
     def hide(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:

@@ -49,9 +49,7 @@ def official_state() -> dict[str, Tensor]:
         "patch_embed.proj.bias": draw(WIDTH),
         "norm.weight": draw(WIDTH) + 1,
         "norm.bias": draw(WIDTH),
-        **{
-            f"blocks.{block}.{name}": draw(*shape) for block in (0, 1) for name, shape in block_shapes.items()
-        },
+        **{f"blocks.{block}.{name}": draw(*shape) for block in (0, 1) for name, shape in block_shapes.items()},
     }
 
 

@@ -31,9 +31,7 @@ def test_models_have_as_many_parameters_as_meta_publishes(name: str) -> None:
 
     # timm has no mask token (one width less), and with registers folds the CLS position into the CLS token.
     n_folded = 2 if architecture.n_register_tokens else 1
-    published = (
-        PUBLISHED_PARAMETERS[name.removesuffix("_reg")] + architecture.n_register_tokens * architecture.width
-    )
+    published = PUBLISHED_PARAMETERS[name.removesuffix("_reg")] + architecture.n_register_tokens * architecture.width
     assert n_parameters == published - n_folded * architecture.width
 
 
@@ -101,9 +99,7 @@ def test_positions_of_another_grid_keep_their_prefix_and_place() -> None:
 
 @pytest.mark.parametrize("size_px", [0, 13, 225, -14])
 def test_sizes_that_patches_do_not_tile_are_refused(size_px: int, tmp_path: Path) -> None:
-    with pytest.raises(
-        UsageError, match=r"dinov2_vits14: size -?\d+ px is no multiple of its patch, 14 px; try"
-    ):
+    with pytest.raises(UsageError, match=r"dinov2_vits14: size -?\d+ px is no multiple of its patch, 14 px; try"):
         load_teacher("dinov2_vits14", weights="random:0", home=tmp_path, size_px=size_px)
 
 
@@ -130,9 +126,7 @@ def test_weights_without_registers_do_not_pass_as_those_with(
     save_file(official_state, tmp_path / "weights.safetensors")
 
     with pytest.raises(WeightsError, match="missing reg_token"):
-        load_teacher(
-            "dinov2_vits14_reg", weights=str(tmp_path / "weights.safetensors"), home=tmp_path, size_px=28
-        )
+        load_teacher("dinov2_vits14_reg", weights=str(tmp_path / "weights.safetensors"), home=tmp_path, size_px=28)
 
 
 def test_fetch_downloads_converts_and_keeps_one_file(
@@ -142,9 +136,7 @@ def test_fetch_downloads_converts_and_keeps_one_file(
     torch.save(official_state, served)
     steps: list[tuple[int, int | None]] = []
 
-    path = fetch_dinov2(
-        "dinov2_vits14", tmp_path, lambda done, total: steps.append((done, total)), served.as_uri()
-    )
+    path = fetch_dinov2("dinov2_vits14", tmp_path, lambda done, total: steps.append((done, total)), served.as_uri())
 
     assert path == official_path("dinov2_vits14", tmp_path)
     assert [found.name for found in (tmp_path / "weights").iterdir()] == [path.name]
@@ -155,9 +147,7 @@ def test_fetch_downloads_converts_and_keeps_one_file(
     assert downloaded.identity.weights_source == official_url("dinov2_vits14")
     assert downloaded.identity.licence == "Apache-2.0"
     assert downloaded.identity.weights_sha256 == local.identity.weights_sha256
-    assert torch.equal(
-        downloaded.targets(views, ["patch"])["patch"], local.targets(views, ["patch"])["patch"]
-    )
+    assert torch.equal(downloaded.targets(views, ["patch"])["patch"], local.targets(views, ["patch"])["patch"])
 
 
 def test_fetch_again_does_not_ask_the_network(
@@ -190,9 +180,7 @@ def test_fetch_of_something_else_leaves_nothing(tmp_path: Path) -> None:
     served = tmp_path / "served.pth"
     served.write_bytes(b"<html>404</html>")
 
-    with pytest.raises(
-        WeightsError, match=r"file://\S+served\.pth: (not a readable PyTorch weights file|refused)"
-    ):
+    with pytest.raises(WeightsError, match=r"file://\S+served\.pth: (not a readable PyTorch weights file|refused)"):
         fetch_dinov2("dinov2_vits14", tmp_path, url=served.as_uri())
 
     assert not list((tmp_path / "weights").iterdir())

@@ -68,9 +68,7 @@ def build(golden: Golden, size_px: tuple[int, int]) -> Teacher:
 def assert_golden(teacher: Teacher, golden: Golden, size: str) -> None:
     def same(found: Tensor, name: str) -> None:
         expected = golden.tensors[f"{size}/{name}"]
-        torch.testing.assert_close(
-            found.cpu(), expected, atol=TOLERANCE, rtol=0, msg=lambda text: f"{name}: {text}"
-        )
+        torch.testing.assert_close(found.cpu(), expected, atol=TOLERANCE, rtol=0, msg=lambda text: f"{name}: {text}")
 
     pixels = golden.tensors[f"{size}/pixels"].float().to(teacher.device)
     tokens = teacher.tokens(pixels, [0, 2])
@@ -112,26 +110,18 @@ def test_targets_of_a_loaded_file_are_the_official_tokens_of_those_views(
     test_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str
 ) -> None:
     golden = read_golden(test_data, model)
-    monkeypatch.setitem(
-        cast(MutableMapping[str, Dinov2Architecture], DINOV2), "dinov2_vits14", golden.architecture
-    )
+    monkeypatch.setitem(cast(MutableMapping[str, Dinov2Architecture], DINOV2), "dinov2_vits14", golden.architecture)
     save_file(golden.weights, tmp_path / "golden.safetensors")
-    views = torch.randint(
-        0, 256, (2, 224, 224, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
-    )
+    views = torch.randint(0, 256, (2, 224, 224, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     mean, std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
 
-    loaded = load_teacher(
-        "dinov2_vits14", weights=str(tmp_path / "golden.safetensors"), home=tmp_path, size_px=None
-    )
+    loaded = load_teacher("dinov2_vits14", weights=str(tmp_path / "golden.safetensors"), home=tmp_path, size_px=None)
     targets = loaded.targets(views, ["cls", "patch", "block.0", "block.2.raw"])
 
     reference = build(golden, (224, 224))
     tokens = reference.tokens(((views / 255 - mean) / std).permute(0, 3, 1, 2).contiguous(), [0, 2])
     last, first = tokens[2], tokens[0]
-    torch.testing.assert_close(
-        targets["cls"], reference.final_norm(last.prefix[:, 0]), atol=TOLERANCE, rtol=0
-    )
+    torch.testing.assert_close(targets["cls"], reference.final_norm(last.prefix[:, 0]), atol=TOLERANCE, rtol=0)
     torch.testing.assert_close(targets["patch"], reference.final_norm(last.patch), atol=TOLERANCE, rtol=0)
     raw = torch.cat([last.prefix[:, :1], last.patch], dim=1)
     torch.testing.assert_close(targets["block.2.raw"], raw, atol=TOLERANCE, rtol=0)

@@ -42,9 +42,7 @@ def test_targets_are_timm_s_own_tokens(tmp_path: Path, name: str, size_px: int, 
 
 
 def test_size_and_statistics_are_the_model_s_own(tmp_path: Path) -> None:
-    identity = load_teacher(
-        "timm:vit_tiny_patch16_224", weights="random:4", home=tmp_path, size_px=None
-    ).identity
+    identity = load_teacher("timm:vit_tiny_patch16_224", weights="random:4", home=tmp_path, size_px=None).identity
 
     assert identity.name == "timm:vit_tiny_patch16_224"
     assert (identity.size_px, identity.patch_px, identity.width, identity.depth) == (224, 16, 192, 12)
@@ -75,9 +73,7 @@ def test_weights_file_of_the_model_is_loaded_at_any_size(tmp_path: Path) -> None
 def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
     save_file({"conv.weight": torch.zeros(2)}, tmp_path / "other.safetensors")
 
-    with pytest.raises(
-        WeightsError, match=r"other\.safetensors: .*not of timm:vit_tiny_patch16_224: missing"
-    ):
+    with pytest.raises(WeightsError, match=r"other\.safetensors: .*not of timm:vit_tiny_patch16_224: missing"):
         load_teacher(
             "timm:vit_tiny_patch16_224",
             weights=str(tmp_path / "other.safetensors"),
@@ -106,15 +102,11 @@ def test_size_that_patches_do_not_tile_is_refused(tmp_path: Path) -> None:
         load_teacher("timm:vit_tiny_patch16_224", weights="random:0", home=tmp_path, size_px=100)
 
 
-def test_published_weights_out_of_reach_say_what_to_do(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_published_weights_out_of_reach_say_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def offline(*arguments: object, **keywords: object) -> None:
         raise ConnectionError("no route to host")
 
     monkeypatch.setattr(timm, "create_model", offline)
 
-    with pytest.raises(
-        WeightsError, match=r"timm:vit_tiny_patch16_224 \(no route to host\).*HF_HOME.*--weights FILE"
-    ):
+    with pytest.raises(WeightsError, match=r"timm:vit_tiny_patch16_224 \(no route to host\).*HF_HOME.*--weights FILE"):
         load_teacher("timm:vit_tiny_patch16_224", weights=None, home=tmp_path, size_px=None)

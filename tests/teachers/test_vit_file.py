@@ -127,9 +127,7 @@ def test_vit_needs_a_file_that_describes_it(tmp_path: Path, weights: str | None)
         ({**STATISTICS, "timm_vision_transformer": '{"img_size": 32}'}, "lacks patch_size"),
     ],
 )
-def test_a_description_that_cannot_be_is_refused(
-    tmp_path: Path, metadata: dict[str, str], message: str
-) -> None:
+def test_a_description_that_cannot_be_is_refused(tmp_path: Path, metadata: dict[str, str], message: str) -> None:
     path = write_vit(tmp_path, {}, metadata)
 
     with pytest.raises(WeightsError, match=message) as caught:

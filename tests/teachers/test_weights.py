@@ -42,9 +42,7 @@ def test_random_weights_are_asked_for_by_seed(seed: int) -> None:
     assert parse_weights(f"random:{seed}") == RandomWeights(seed)
 
 
-@pytest.mark.parametrize(
-    "text", ["random:", "random:-1", "random:x", "random:1.0", "random: 1", f"random:{2**64}"]
-)
+@pytest.mark.parametrize("text", ["random:", "random:-1", "random:x", "random:1.0", "random: 1", f"random:{2**64}"])
 def test_seeds_that_are_none_are_refused(text: str) -> None:
     with pytest.raises(UsageError, match="whole number from 0"):
         parse_weights(text)
@@ -204,8 +202,7 @@ def test_first_problems_are_named_and_the_rest_counted() -> None:
         fit_state(state, {"a": (3,), "b": (1,)}, "model M", "hint H")
 
     assert str(caught.value) == (
-        "these weights are not of model M: missing b; unexpected x and 1 more; "
-        "a is (2,) instead of (3,); hint H"
+        "these weights are not of model M: missing b; unexpected x and 1 more; a is (2,) instead of (3,); hint H"
     )
 
 

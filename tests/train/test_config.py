@@ -96,10 +96,7 @@ def test_a_config_survives_its_mapping() -> None:
 def test_identity_holds_what_changes_results_and_nothing_else() -> None:
     config = _config()
 
-    assert (
-        config.identity()
-        == _config(batch_size=1024, lr=1e-3, workers=3, max_steps=5, out="elsewhere").identity()
-    )
+    assert config.identity() == _config(batch_size=1024, lr=1e-3, workers=3, max_steps=5, out="elsewhere").identity()
     for changed in ({"lr": 2e-3}, {"seed": 1}, {"epochs": 301}, {"mask_ratio": 0.4}, {"weight_patch": 0.5}):
         assert config.identity() != _config(**changed).identity()
 

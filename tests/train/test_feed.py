@@ -38,9 +38,7 @@ def _config(**settings: object) -> TrainConfig:
 
 def _host_batch(step: int, begin: int, end: int) -> _HostBatch:
     positions = torch.arange(begin, end)
-    return _HostBatch(
-        step, 0, positions, positions.reshape(-1, 1, 1, 1).repeat(1, 2, 2, 3), positions.reshape(-1, 1)
-    )
+    return _HostBatch(step, 0, positions, positions.reshape(-1, 1, 1, 1).repeat(1, 2, 2, 3), positions.reshape(-1, 1))
 
 
 def _feed(config: TrainConfig, batches: list[_HostBatch]) -> list[DeviceBatch]:

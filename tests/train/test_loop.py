@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import json
 import logging
+import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -23,11 +25,13 @@ from proteus_cache.pack.reader import open_pack
 from proteus_cache.processes import start_ranks
 from proteus_cache.students.heads import build_heads
 from proteus_cache.students.registry import STUDENTS, StudentSize, build_student
+from proteus_cache.teachers.registry import load_teacher
+from proteus_cache.train import steps
 from proteus_cache.train.config import TrainConfig, config_from_mapping
+from proteus_cache.train.feed import DeviceBatch
 from proteus_cache.train.loop import n_readers, train
 from proteus_cache.train.masking import draw_masks
 from proteus_cache.train.progress import Progress
-from proteus_cache.train.run_folder import read_config
 from proteus_cache.train.schedule import learning_rate
 from tests.pack.synthetic import write_pack
 
@@ -79,9 +83,7 @@ def undisturbed(pack: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     """Results of a run that nothing stopped, by file name."""
     out = tmp_path_factory.mktemp("runs") / "undisturbed"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(
-            cast(dict[str, StudentSize], STUDENTS), "vit_s14", StudentSize(width=24, depth=2, heads=3)
-        )
+        patch.setitem(cast(dict[str, StudentSize], STUDENTS), "vit_s14", StudentSize(width=24, depth=2, heads=3))
         train(_config(pack, out))
     return _files(out)
 
@@ -99,9 +101,7 @@ def test_a_run_leaves_what_is_promised(pack: Path, tmp_path: Path) -> None:
     lines = _metrics(out)
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     assert [line["epoch"] for line in lines] == [0, 0, 1, 1, 2, 2]
-    assert [line["lr"] for line in lines] == [
-        learning_rate(_config(pack, out), epoch) for epoch in (0, 0, 1, 1, 2, 2)
-    ]
+    assert [line["lr"] for line in lines] == [learning_rate(_config(pack, out), epoch) for epoch in (0, 0, 1, 1, 2, 2)]
     for line in lines:
         assert list(line) == ["step", "epoch", "lr", "loss", "loss_token", "loss_feature", "loss_patch"]
         parts = line["loss_token"] + line["loss_feature"] + line["loss_patch"]
@@ -112,11 +112,7 @@ def test_a_run_leaves_what_is_promised(pack: Path, tmp_path: Path) -> None:
 def test_a_student_learns_what_it_is_shown(tmp_path: Path) -> None:
     pack = write_pack(tmp_path / "pack", n_images=4, views=("v000",))
 
-    train(
-        _config(
-            pack, tmp_path / "run", lr=3e-3, warmup_epochs=0, epochs=100, max_steps=60, checkpoint_every=60
-        )
-    )
+    train(_config(pack, tmp_path / "run", lr=3e-3, warmup_epochs=0, epochs=100, max_steps=60, checkpoint_every=60))
 
     losses = [line["loss"] for line in _metrics(tmp_path / "run")]
     assert losses[-1] < 0.5 * losses[0]
@@ -130,9 +126,17 @@ def test_the_student_loads_strictly_into_timms_model(pack: Path, tmp_path: Path)
         VisionTransformer(**arguments).load_state_dict(load_file(tmp_path / name), strict=True)
     heads = load_file(tmp_path / "heads.safetensors")
     assert heads.pop("mask_token").shape == (1, 24)
-    build_heads(("token", "feature", "patch"), student_width=24, teacher_width=6, seed=0).load_state_dict(
-        heads
-    )
+    build_heads(("token", "feature", "patch"), student_width=24, teacher_width=6, seed=0).load_state_dict(heads)
+
+
+def test_the_student_can_teach(pack: Path, tmp_path: Path) -> None:
+    train(_config(pack, tmp_path, max_steps=1))
+
+    teacher = load_teacher("vit", weights=str(tmp_path / "student.safetensors"), home=tmp_path / "home", size_px=None)
+
+    views = torch.from_numpy(np.stack([open_pack(pack)[0].view]))
+    assert teacher.targets(views, ["cls", "patch"])["patch"].shape == (1, 4, 24)
+    assert (teacher.identity.size_px, teacher.identity.patch_px) == (8, 4)
 
 
 def test_the_files_say_what_they_come_from(pack: Path, tmp_path: Path) -> None:
@@ -157,20 +161,16 @@ def test_the_average_carries_the_share_of_the_initialisation_it_says(pack: Path,
 
     train(config)
 
-    start = build_student(
-        "vit_s14", size_px=8, patch_px=4, mean=teacher.mean, std=teacher.std, seed=0
-    ).state_dict()
+    start = build_student("vit_s14", size_px=8, patch_px=4, mean=teacher.mean, std=teacher.std, seed=0).state_dict()
     student, average = load_file(tmp_path / "student.safetensors"), load_file(tmp_path / "ema.safetensors")
     for name, value in average.items():
         torch.testing.assert_close(value, 0.75 * start[name] + 0.25 * student[name], atol=1e-7, rtol=1e-5)
 
 
-def test_the_config_of_a_run_makes_it_again(
-    pack: Path, tmp_path: Path, undisturbed: dict[str, bytes]
-) -> None:
+def test_the_config_of_a_run_makes_it_again(pack: Path, tmp_path: Path, undisturbed: dict[str, bytes]) -> None:
     train(_config(pack, tmp_path / "first", max_steps=2))
 
-    settings = read_config(tmp_path / "first" / "config.yaml")
+    settings = yaml.safe_load((tmp_path / "first" / "config.yaml").read_text())["train"]
     train(config_from_mapping(settings | {"out": tmp_path / "second", "max_steps": 6}))
 
     assert _files(tmp_path / "second") == undisturbed
@@ -187,9 +187,7 @@ def test_tensorboard_shows_the_same_numbers(pack: Path, tmp_path: Path) -> None:
 # One step, done plainly: both passes over all images, one tensor of CLS and patches, a list of tensors.
 
 
-def _plain_losses(
-    pack: Path, config: TrainConfig, step: int, model: nn.ModuleDict, mask_token: Tensor
-) -> Tensor:
+def _plain_losses(pack: Path, config: TrainConfig, step: int, model: nn.ModuleDict, mask_token: Tensor) -> Tensor:
     opened = open_pack(pack)
     plan = opened.training_order(seed=config.seed, batch_size=config.global_batch).batch(step)
     samples = [opened.sample(f"v{plan.view_index:03d}", int(record)) for record in plan.records]
@@ -328,9 +326,7 @@ def test_a_signal_stops_at_a_step_border_with_a_checkpoint(
     assert _files(tmp_path) == undisturbed
 
 
-def test_more_steps_go_on_from_a_finished_run(
-    pack: Path, tmp_path: Path, undisturbed: dict[str, bytes]
-) -> None:
+def test_more_steps_go_on_from_a_finished_run(pack: Path, tmp_path: Path, undisturbed: dict[str, bytes]) -> None:
     train(_config(pack, tmp_path, max_steps=3))
 
     result = train(_config(pack, tmp_path), resume=True)
@@ -339,9 +335,7 @@ def test_more_steps_go_on_from_a_finished_run(
     assert _files(tmp_path) == undisturbed
 
 
-def test_resuming_a_finished_run_changes_nothing(
-    pack: Path, tmp_path: Path, undisturbed: dict[str, bytes]
-) -> None:
+def test_resuming_a_finished_run_changes_nothing(pack: Path, tmp_path: Path, undisturbed: dict[str, bytes]) -> None:
     train(_config(pack, tmp_path))
 
     result = train(_config(pack, tmp_path), resume=True)
@@ -399,26 +393,55 @@ def test_bf16_trains(pack: Path, tmp_path: Path) -> None:
     for line, exact in zip(_metrics(tmp_path / "bf16"), _metrics(tmp_path / "fp32"), strict=True):
         assert line["loss"] == pytest.approx(exact["loss"], rel=0.03)  # bf16 has 8 bits
         assert line["loss"] != exact["loss"]
-    assert {tensor.dtype for tensor in load_file(tmp_path / "bf16" / "student.safetensors").values()} == {
-        torch.float32
-    }
+    assert {tensor.dtype for tensor in load_file(tmp_path / "bf16" / "student.safetensors").values()} == {torch.float32}
+
+
+def _killed_at_five(pack: str, out: str) -> None:
+    def kill(progress: Progress) -> None:
+        if progress.step == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    torch.set_num_threads(1)
+    train(_config(Path(pack), Path(out), student="vit_ti14", workers=2), progress=kill)
+
+
+@pytest.mark.slow
+def test_a_killed_process_goes_on_to_the_same_bytes(pack: Path, tmp_path: Path) -> None:
+    process = multiprocessing.get_context("spawn").Process(
+        target=_killed_at_five, args=(str(pack), str(tmp_path / "killed"))
+    )
+    process.start()
+    process.join()
+
+    result = train(_config(pack, tmp_path / "killed", student="vit_ti14"), resume=True)
+
+    train(_config(pack, tmp_path / "whole", student="vit_ti14"))
+    assert process.exitcode == -signal.SIGKILL
+    assert result.first_step == 4
+    assert _files(tmp_path / "killed") == _files(tmp_path / "whole")
 
 
 # Several processes.
 
 
-def _rank(pack: str, out: str) -> None:
+def _rank(pack: str, out: str, stop_at: int | None) -> None:
+    def stop(progress: Progress) -> None:
+        if progress.step == stop_at:
+            os.kill(os.getpid(), signal.SIGTERM)  # the first process alone; the others must hear of it from it
+
     torch.set_num_threads(1)
-    train(_config(Path(pack), Path(out), student="vit_ti14", max_steps=4))
+    config = _config(Path(pack), Path(out), student="vit_ti14", max_steps=4, accumulate=2, checkpoint_every=100)
+    assert train(config, resume=True, progress=stop).is_finished == (stop_at is None)
 
 
 @pytest.mark.slow
-def test_two_processes_compute_what_one_does(pack: Path, tmp_path: Path) -> None:
-    _rank(str(pack), str(tmp_path / "one"))
+def test_two_processes_stop_and_go_on_and_compute_what_one_does(pack: Path, tmp_path: Path) -> None:
+    _rank(str(pack), str(tmp_path / "one"), None)
 
-    status = start_ranks(2, _rank, str(pack), str(tmp_path / "two"))
+    statuses = [start_ranks(2, _rank, str(pack), str(tmp_path / "two"), stop_at) for stop_at in (2, None)]
 
-    assert status == 0
+    assert statuses == [0, 0]
+    assert len((tmp_path / "two" / "timings.jsonl").read_text().splitlines()) == 4
     for line, alone in zip(_metrics(tmp_path / "two"), _metrics(tmp_path / "one"), strict=True):
         assert line == pytest.approx(alone, rel=1e-4)
     assert sorted(path.name for path in (tmp_path / "two").iterdir()) == sorted(
@@ -446,8 +469,8 @@ def test_a_pack_without_the_targets_is_refused(tmp_path: Path) -> None:
 
     _refused(
         _config(pack, tmp_path / "run"),
-        "the token, feature, patch losses need the targets cls, patch, and the pack holds only patch; pack the "
-        "cache with --targets cls,patch",
+        "the token, feature, patch losses need the targets cls, patch, and the pack holds only patch; pack "
+        "the cache with --targets cls,patch",
     )
     assert not (tmp_path / "run").exists()
 
@@ -516,6 +539,18 @@ def test_a_loss_that_is_not_finite_ends_the_run(pack: Path, tmp_path: Path) -> N
     assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
     assert 0 < len(lines) < 6
     assert not (tmp_path / "student.safetensors").exists()
+
+
+def test_too_little_gpu_memory_is_answered_with_a_remedy(
+    pack: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def exhaust(self: steps.Steps, batch: DeviceBatch) -> Tensor:
+        raise torch.cuda.OutOfMemoryError
+
+    monkeypatch.setattr(steps.Steps, "_step", exhaust)
+
+    with pytest.raises(ProteusCacheError, match=r"too little memory for 4 views .* set accumulate: 2"):
+        train(_config(pack, tmp_path))
 
 
 def test_a_damaged_pack_ends_the_run_naming_the_sample(tmp_path: Path) -> None:

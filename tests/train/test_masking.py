@@ -10,9 +10,7 @@ from hypothesis import strategies as st
 from proteus_cache.train.masking import draw_masks, n_masked_images, n_masked_patches
 
 
-def _draw(
-    positions: range, *, seed: int = 0, step: int = 0, n_patches: int = 16, n_masked: int = 8
-) -> list[list[int]]:
+def _draw(positions: range, *, seed: int = 0, step: int = 0, n_patches: int = 16, n_masked: int = 8) -> list[list[int]]:
     masks = draw_masks(seed, step, np.array(positions, np.int64), n_patches=n_patches, n_masked=n_masked)
     return [[int(patch) for patch in row] for row in masks]
 
@@ -37,9 +35,7 @@ def test_every_odd_image_hides_a_fixed_number_of_distinct_patches(
         assert all(0 <= patch < n_patches for patch in row)
 
 
-@given(
-    borders=st.lists(st.integers(0, 24), max_size=4), step=st.integers(0, 1000), n_patches=st.integers(2, 40)
-)
+@given(borders=st.lists(st.integers(0, 24), max_size=4), step=st.integers(0, 1000), n_patches=st.integers(2, 40))
 def test_any_split_over_processes_draws_the_same_masks(borders: list[int], step: int, n_patches: int) -> None:
     edges = [0, *sorted(borders), 24]
 

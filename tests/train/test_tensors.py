@@ -41,9 +41,7 @@ def test_bytes_depend_on_the_content_alone() -> None:
 
     def file_bytes(reverse: bool) -> bytes:
         tensors = dict(sorted(TENSORS.items(), reverse=reverse))
-        return b"".join(
-            bytes(part) for part in tensor_chunks(tensors, dict(sorted(metadata.items(), reverse=reverse)))
-        )
+        return b"".join(bytes(part) for part in tensor_chunks(tensors, dict(sorted(metadata.items(), reverse=reverse))))
 
     assert file_bytes(reverse=False) == file_bytes(reverse=True)
 

@@ -19,9 +19,7 @@ def test_words_are_those_of_the_specification() -> None:
         hashlib.blake2b(b"7/v002/cat_0123456789" + bytes([block, *[0] * 7]), person=b"proteus-cache").digest()
         for block in range(2)
     ]
-    words = [
-        int.from_bytes(block[start : start + 8], "little") for block in blocks for start in range(0, 64, 8)
-    ]
+    words = [int.from_bytes(block[start : start + 8], "little") for block in blocks for start in range(0, 64, 8)]
 
     assert [draws.below(2**64) for _ in range(16)] == words
 

@@ -99,9 +99,7 @@ def test_another_process_makes_the_same_view_without_torch(image_path: Path) -> 
         "assert not {'torch', 'timm', 'torchvision', 'pyarrow'} & set(sys.modules)\n"
         "print(*(view.digest for view in views))\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", program, str(image_path)], capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", program, str(image_path)], capture_output=True, text=True, check=True)
 
     here = [make_view(image_path, "pets/cat.png", f"key_{n}", 3, "v000", SPEC).digest for n in range(20)]
     assert done.stdout.split() == here

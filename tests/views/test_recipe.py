@@ -90,9 +90,7 @@ def assert_same_distribution(ours: list[float], timms: list[float]) -> None:
     """Two-sample Kolmogorov-Smirnov; both samples come from fixed seeds, so the outcome never changes."""
     a, b = np.sort(ours), np.sort(timms)
     points = np.concatenate([a, b])
-    gap = np.abs(
-        np.searchsorted(a, points, side="right") / len(a) - np.searchsorted(b, points, side="right") / len(b)
-    )
+    gap = np.abs(np.searchsorted(a, points, side="right") / len(a) - np.searchsorted(b, points, side="right") / len(b))
     # The gap that equal distributions pass once in 10,000 samples.
     assert gap.max() < math.sqrt(-math.log(1e-4 / 2) / 2 * (1 / len(a) + 1 / len(b)))
 
@@ -118,9 +116,7 @@ def test_timms_transform_is_the_one_we_copy(timms: list[Any]) -> None:
     assert flip.p == 0.5
     assert (ops.num_layers, ops.choice_weights) == (2, None)
     assert [op.name for op in ops.ops] == [TIMM_NAMES[name] for name in OP_NAMES]
-    assert {(op.prob, op.magnitude, op.magnitude_std, op.magnitude_max) for op in ops.ops} == {
-        (0.5, 9, 0.5, None)
-    }
+    assert {(op.prob, op.magnitude, op.magnitude_std, op.magnitude_max) for op in ops.ops} == {(0.5, 9, 0.5, None)}
     assert ops.ops[0].kwargs == {"fillcolor": fill_colour(SPEC.mean), "resample": Image.Resampling.BICUBIC}
     assert [op.aug_fn.__name__ for op in ops.ops] == list(OP_NAMES)
     assert (erasing.probability, erasing.min_area, erasing.max_area) == (0.25, 0.02, 1 / 3)
@@ -204,9 +200,7 @@ def test_ops_are_drawn_as_timm_draws_them(timms: list[Any], timm_seed: None) -> 
 def test_arguments_are_timms_at_every_magnitude(name: OpName, monkeypatch: pytest.MonkeyPatch) -> None:
     level_to_argument = TIMM_ARGUMENTS[TIMM_NAMES[name]]
     for negate in (False, True):
-        monkeypatch.setattr(
-            auto_augment, "_randomly_negate", lambda value, negate=negate: -value if negate else value
-        )
+        monkeypatch.setattr(auto_augment, "_randomly_negate", lambda value, negate=negate: -value if negate else value)
         for magnitude in np.round(np.linspace(0, 10, 1_001), 6).tolist():
             ours = resolve_op(name, magnitude, negate).argument
             if level_to_argument is None:
@@ -237,9 +231,7 @@ def test_erasing_boxes_are_drawn_as_timm_draws_them(size_px: int, timm_seed: Non
     assert_same_distribution([box.top for box in boxes], [rows.start for rows, _ in drawn])
     assert_same_distribution([box.left for box in boxes], [columns.start for _, columns in drawn])
     assert_same_distribution([box.height for box in boxes], [rows.stop - rows.start for rows, _ in drawn])
-    assert_same_distribution(
-        [box.width for box in boxes], [columns.stop - columns.start for _, columns in drawn]
-    )
+    assert_same_distribution([box.width for box in boxes], [columns.stop - columns.start for _, columns in drawn])
 
 
 def test_hundred_thousand_recipes_contain_none_that_fails() -> None:
@@ -282,9 +274,7 @@ def test_recipes_are_pinned() -> None:
         '{"crop":{"height":284,"left":12,"top":0,"width":376},"cut":[0,0],"erasing":null,"flip":true,"ops":[{'
         '"argument":1.78380496,"name":"sharpness"}],"resized":[224,224]}'
     )
-    assert (
-        hashlib.sha256(text).hexdigest() == "f8d6b3b53f96b49247ae9c4031b61881316b4723df19fc9339715ced9189ce28"
-    )
+    assert hashlib.sha256(text).hexdigest() == "f8d6b3b53f96b49247ae9c4031b61881316b4723df19fc9339715ced9189ce28"
 
 
 def test_recipe_is_a_pure_function() -> None:
@@ -318,9 +308,7 @@ def test_pixel_statistics_and_format_do_not_move_a_recipe() -> None:
     assert draw_recipe(other, "key_0", "v000", 500, 375) == draw_recipe(SPEC, "key_0", "v000", 500, 375)
 
 
-@given(
-    st.integers(1, 100_000), st.integers(1, 100_000), st.sampled_from(["deit", "none"]), st.integers(8, 1_000)
-)
+@given(st.integers(1, 100_000), st.integers(1, 100_000), st.sampled_from(["deit", "none"]), st.integers(8, 1_000))
 def test_crops_stay_inside_images_of_any_size(width: int, height: int, augment: Any, size_px: int) -> None:
     recipe = draw_recipe(ViewSpec(augment=augment, size_px=size_px), "key", "v000", width, height)
 
@@ -353,9 +341,7 @@ def test_documented_recipe_and_ops_are_the_real_ones() -> None:
     recipe = Recipe.from_json(json.loads(block.group()))
 
     assert recipe.ops == (Op(name="color", argument=1.9),)
-    assert [name for name in re.findall(r"`(\w+)`", page.split("| Op |")[1]) if name in OP_NAMES] == list(
-        OP_NAMES
-    )
+    assert [name for name in re.findall(r"`(\w+)`", page.split("| Op |")[1]) if name in OP_NAMES] == list(OP_NAMES)
 
 
 def changed(path: tuple[str | int, ...], value: object) -> dict[str, Any]:

@@ -88,13 +88,9 @@ def test_whole_recipes_equal_timms_steps() -> None:
     assert n_ops > 100
 
 
-@pytest.mark.parametrize(
-    ("width", "height"), [(300, 200), (200, 300), (97, 97), (50, 200), (500, 333), (333, 500)]
-)
+@pytest.mark.parametrize(("width", "height"), [(300, 200), (200, 300), (97, 97), (50, 200), (500, 333), (333, 500)])
 @pytest.mark.parametrize("size_px", [32, 224])
-def test_no_augmentation_equals_torchvisions_resize_and_centre_crop(
-    width: int, height: int, size_px: int
-) -> None:
+def test_no_augmentation_equals_torchvisions_resize_and_centre_crop(width: int, height: int, size_px: int) -> None:
     spec = ViewSpec(augment="none", size_px=size_px)
     image = picture(width, height)
 

@@ -82,17 +82,13 @@ GOOD: dict[str, bytes] = {
     "bytes after the end": JPEG + b"tail" * 100,
     "png bytes after the end": PNG + b"tail",
     "png without its end chunk": PNG[:-12],
-    "damaged colour profile": saved(
-        PICTURE, "JPEG", quality=95, subsampling=0, icc_profile=b"no profile" * 10
-    ),
+    "damaged colour profile": saved(PICTURE, "JPEG", quality=95, subsampling=0, icc_profile=b"no profile" * 10),
     **{f"orientation {value}": with_exif(JPEG, orientation(value)) for value in range(1, 9)},
     "damaged exif": with_exif(JPEG, b"MM\0*\0\0\0\x08\xff\xff" + b"\1" * 50),
     "exif that is none": with_exif(JPEG, b"\0\1\2"),
     "exif as large as can be": with_exif(JPEG, orientation(1) + b"\0" * 65_000),
     "animated png": saved(PICTURE, "PNG", save_all=True, append_images=[PICTURE.rotate(90)]),
-    "multi-picture jpeg": saved(
-        PICTURE, "MPO", quality=95, subsampling=0, save_all=True, append_images=[SMOOTH]
-    ),
+    "multi-picture jpeg": saved(PICTURE, "MPO", quality=95, subsampling=0, save_all=True, append_images=[SMOOTH]),
     "transparent colour": saved(PICTURE, "PNG", transparency=tuple(PIXELS[0, 0].tolist())),
     "alpha": saved(Image.fromarray(np.dstack([PIXELS, PIXELS[..., 0]])), "PNG"),
 }
@@ -103,16 +99,10 @@ BAD: dict[str, tuple[bytes, str]] = {
     "one byte": (b"\xff", "neither JPEG nor PNG"),
     "jpeg start only": (JPEG[:3], "cannot be decoded"),
     "jpeg header only": (JPEG[:100], "cannot be decoded"),
-    **{
-        f"jpeg cut at {share} %": (JPEG[: len(JPEG) * share // 100], "cannot be decoded")
-        for share in (25, 50, 99)
-    },
+    **{f"jpeg cut at {share} %": (JPEG[: len(JPEG) * share // 100], "cannot be decoded") for share in (25, 50, 99)},
     "jpeg without its end marker": (JPEG[:-2], "truncated"),
     "png start only": (PNG[:8], "cannot be decoded"),
-    **{
-        f"png cut at {share} %": (PNG[: len(PNG) * share // 100], "cannot be decoded")
-        for share in (25, 50, 99)
-    },
+    **{f"png cut at {share} %": (PNG[: len(PNG) * share // 100], "cannot be decoded") for share in (25, 50, 99)},
     "png with a damaged header": (patched(PNG, 29, b"\0"), "cannot be decoded"),
     "png with damaged pixels": (patched(PNG, 60, b"\0\0\0\0"), "cannot be decoded"),
     "png with no pixels": (PNG[:33] + PNG[-12:], "cannot be decoded"),
@@ -128,9 +118,7 @@ BAD: dict[str, tuple[bytes, str]] = {
         png(8, 2, b"", extra=png_chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(20_000_000)))),
         "too large",
     ),
-    **{
-        kind: (saved(PICTURE, kind), "neither JPEG nor PNG") for kind in ("GIF", "BMP", "TIFF", "WEBP", "PPM")
-    },
+    **{kind: (saved(PICTURE, kind), "neither JPEG nor PNG") for kind in ("GIF", "BMP", "TIFF", "WEBP", "PPM")},
     "html": (b"<!DOCTYPE html><title>404</title>", "neither JPEG nor PNG"),
     "svg": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "neither JPEG nor PNG"),
     "eps": (b"%!PS-Adobe-3.0 EPSF-3.0\n", "neither JPEG nor PNG"),
@@ -279,9 +267,7 @@ def test_what_the_file_system_refuses_is_no_bad_image(tmp_path: Path) -> None:
             read_source(tmp_path / name)
 
 
-@pytest.mark.skipif(
-    not Path("/proc/self/mem").exists(), reason="needs a file whose reads fail: Linux has one"
-)
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs a file whose reads fail: Linux has one")
 def test_failing_read_is_no_bad_image() -> None:
     with pytest.raises(StorageError, match="Input/output error"):
         read_source(Path("/proc/self/mem"))

@@ -1,0 +1,81 @@
+"""`proteus-cache pack`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from proteus_cache.cli import settings, terminal
+from proteus_cache.plan import human_bytes
+
+if TYPE_CHECKING:
+    from proteus_cache.pack.build import PackReport
+
+
+@terminal.command("finished tars are kept: run the same command again to go on")
+def pack_command(
+    cache: Annotated[Path, typer.Argument(help="The cache.")],
+    out: Annotated[Path | None, typer.Option(help="The pack. Default: $PROTEUS_HOME/packs/CACHE_ID.")] = None,
+    views: Annotated[
+        str | None,
+        typer.Option(help="A number (the first so many view indices) or names: v000,v002. Default: all."),
+    ] = None,
+    targets: Annotated[str | None, typer.Option(help="Which to keep. Default: all.")] = None,
+    codec: Annotated[str | None, typer.Option(help="Encode anew with float32, float16 or int8.")] = None,
+    move: Annotated[bool, typer.Option("--move", help="Remove each unit from the cache once it is packed.")] = False,
+    workers: Annotated[int | None, typer.Option(help="Units packed at a time. Default: the usable cores.")] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Agree to --move without being asked.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Pack a cache into WebDataset tars with an index, for training and for other people.
+
+    Example: proteus-cache pack proteus/caches/dinov2_vitg14 --out /fast/dinov2_vitg14
+    """
+    from proteus_cache.workspace import default_pack
+
+    if workers is not None and workers < 1:
+        terminal.fail(f"--workers must be at least 1, got {workers}", 2)
+    if move:
+        terminal.confirm(f"{cache}: remove every unit from the cache once it is packed?", yes)
+    report = pack_with_progress(
+        cache,
+        out or default_pack(settings.home(), cache),
+        views=_views(views),
+        targets=settings.names(targets),
+        codec=codec,
+        move=move,
+        workers=workers,
+    )
+    moved = f", {report.units_moved} units moved out of the cache" if report.units_moved else ""
+    lines = [
+        f"pack {report.path}: {report.n_samples:,} views, {human_bytes(report.bytes)}{moved}",
+        f"next: proteus-cache train --student vit_s14 --data {report.path}",
+    ]
+    terminal.result(as_json, asdict(report) | {"path": str(report.path)}, lines)
+
+
+def _views(value: str | None) -> list[str] | None:
+    from proteus_cache.cache.layout import view_name
+
+    chosen = settings.names(value)
+    if chosen is None:
+        return None
+    if len(chosen) == 1 and chosen[0].isdigit():
+        return [view_name(index) for index in range(int(chosen[0]))]
+    return list(chosen)
+
+
+def pack_with_progress(cache: Path, out: Path, *, workers: int | None = None, **choices: Any) -> PackReport:
+    """Plan, print the plan, check the space, pack. `choices` as for `plan_pack`."""
+    from proteus_cache.pack.build import run_pack, workers_that_fit
+    from proteus_cache.pack.plan import plan_pack
+
+    plan = plan_pack(cache, out, **choices)
+    terminal.note(plan.lines())
+    n_workers = workers_that_fit(plan, workers)
+    plan.check(n_workers)
+    with terminal.progress("pack", "units") as update:
+        return run_pack(plan, workers=n_workers, progress=lambda done, total: update(done, total, 0))

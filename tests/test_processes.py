@@ -1,0 +1,121 @@
+"""processes: places given by launchers, cores, and ending when the parent is gone."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from proteus_cache import processes
+from proteus_cache.errors import UsageError
+from proteus_cache.processes import Worker, start_ranks, usable_cores, worker_from_environment
+
+_LAUNCHERS = ("RANK", "WORLD_SIZE", "SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT", "SLURM_STEP_ID", "SLURM_NTASKS")
+
+
+@pytest.fixture(autouse=True)
+def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in _LAUNCHERS:
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, None),
+        ({"RANK": "3", "WORLD_SIZE": "8"}, Worker(3, 8)),
+        ({"SLURM_ARRAY_TASK_ID": "5", "SLURM_ARRAY_TASK_COUNT": "4", "SLURM_ARRAY_TASK_MIN": "2"}, Worker(3, 4)),
+        ({"SLURM_STEP_ID": "0", "SLURM_PROCID": "1", "SLURM_NTASKS": "2"}, Worker(1, 2)),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "2"}, None),
+    ],
+)
+def test_the_place_comes_from_the_launcher(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], expected: Worker | None
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+
+    assert worker_from_environment() == expected
+
+
+def test_an_impossible_place_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "8")
+    monkeypatch.setenv("WORLD_SIZE", "8")
+
+    with pytest.raises(UsageError, match="worker 8 of 8"):
+        worker_from_environment()
+
+
+def test_cores_are_cut_by_the_container_quota(tmp_path: Path) -> None:
+    assert usable_cores() >= 1
+    (tmp_path / "cpu.max").write_text("150000 100000\n")
+    assert processes._quota_cores(tmp_path) == 2
+    (tmp_path / "cpu.max").write_text("max 100000\n")
+    assert processes._quota_cores(tmp_path) > 1000
+
+
+def _write_place(folder: str) -> None:
+    (Path(folder) / os.environ["RANK"]).write_text(os.environ["WORLD_SIZE"] + os.environ["MASTER_ADDR"])
+
+
+def _fail_or_wait(folder: str) -> None:
+    if os.environ["RANK"] == "0":
+        sys.exit(7)
+    signal.pause()
+
+
+def test_ranks_get_a_launcher_environment(tmp_path: Path) -> None:
+    assert start_ranks(2, _write_place, str(tmp_path)) == 0
+
+    assert sorted((path.name, path.read_text()) for path in tmp_path.iterdir()) == [
+        ("0", "2127.0.0.1"),
+        ("1", "2127.0.0.1"),
+    ]
+
+
+def test_a_failed_rank_ends_the_others(tmp_path: Path) -> None:
+    assert start_ranks(2, _fail_or_wait, str(tmp_path)) == 7
+
+
+_PARENT = """
+import subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", {child!r}], stdout=subprocess.PIPE)
+print(child.stdout.readline().decode().strip(), flush=True)
+time.sleep(60)
+"""
+_CHILD = """
+import os, time
+from proteus_cache.processes import follow_parent
+follow_parent()
+print(os.getpid(), flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_child_ends_when_its_parent_is_killed() -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", _PARENT.format(child=_CHILD)], stdout=subprocess.PIPE, text=True
+    ) as parent:
+        assert parent.stdout is not None
+        child = int(parent.stdout.readline())
+
+        parent.kill()
+        parent.wait()
+
+    assert _is_gone(child)
+
+
+def _is_gone(pid: int) -> bool:
+    """Wait until a process has ended; a minute is only reached when it never does."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        try:
+            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except FileNotFoundError:
+            return True
+        if state == "Z":
+            return True
+    return False

@@ -43,6 +43,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("nothing measured: torch finds no GPU here")
+        return
     with tempfile.TemporaryDirectory() as folder:
         root = arguments.images or make_pictures(Path(folder) / "images", n=256)
         result = measure(root, Path(folder), arguments)

@@ -7,13 +7,17 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from proteus_cache.cache.layout import PROBE, is_view
+from proteus_cache.cache.layout import PROBE, is_view, view_name
 from proteus_cache.cache.manifest import TeacherRecord, ViewsRecord
 from proteus_cache.cache.receipt import FileRecord
 from proteus_cache.codecs.record import CodecRecord
 from proteus_cache.documents import Document
 
 _SHA256 = r"^[0-9a-f]{64}$"
+
+
+def _is_canonical(view: str) -> bool:
+    return is_view(view) and (view == PROBE or view_name(int(view[1:])) == view)
 
 
 class CacheIdentity(Document):
@@ -105,7 +109,7 @@ class PackDocument(Document):
 
     @model_validator(mode="after")
     def _views_agree(self) -> Self:
-        if not all(is_view(view) for view in self.packed) or set(self.packed) != set(self.cache.view_ids):
+        if not all(map(_is_canonical, self.packed)) or set(self.packed) != set(self.cache.view_ids):
             raise ValueError("the packed views are not views, or not those of the identity")
         n_tars = math.ceil(self.n_images / self.shard_size)
         for view, entry in self.packed.items():

@@ -203,12 +203,7 @@ class SampleReader:
         key = (view, tar)
         descriptor = self._tars.get(key)
         if descriptor is None:
-            path = Path(self.layout.root, tar_name(view, tar))
-            try:
-                descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-            except OSError as error:
-                raise StorageError(f"{path}: cannot open: {error.strerror or error}; {REMEDY}") from error
-            self._tars[key] = descriptor
+            descriptor = self._tars[key] = _open_tar(Path(self.layout.root, tar_name(view, tar)))
             if len(self._tars) > _OPEN_TARS:
                 os.close(self._tars.popitem(last=False)[1])
         else:
@@ -227,3 +222,16 @@ class SampleReader:
     def _where(self, view: str, records: Records, row: int) -> str:
         path = Path(self.layout.root, tar_name(view, int(records["tar"][row])))
         return f"{path}: image row {int(records['row'][row])}"
+
+
+def _open_tar(path: Path) -> int:
+    """A descriptor of a tar; neither it nor its folder may be a link."""
+    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW
+    try:
+        folder = os.open(path.parent, flags | os.O_DIRECTORY)
+        try:
+            return os.open(path.name, flags | os.O_NONBLOCK, dir_fd=folder)  # a pipe must not block us
+        finally:
+            os.close(folder)
+    except OSError as error:
+        raise StorageError(f"{path}: cannot open: {error.strerror or error}; {REMEDY}") from error

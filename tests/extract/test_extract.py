@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -191,9 +192,7 @@ def test_an_image_that_vanished_is_no_bad_image(tmp_path: Path) -> None:
         ({"probe_images": 2}, "--probe-images"),
     ],
 )
-def test_another_configuration_is_refused_naming_the_field(
-    finished: Cache, change: dict[str, object], field: str
-) -> None:
+def test_another_configuration_is_refused_naming_the_field(finished: Cache, change: dict[str, Any], field: str) -> None:
     with pytest.raises(UsageError, match=f"{field}") as caught:
         run_extract(make_config(finished.path.parent, **change))
 

@@ -117,10 +117,11 @@ def test_documents_that_contradict_themselves_are_refused(
         open_pack(tmp_path)
 
 
-def test_names_in_the_document_cannot_leave_the_pack(whole_pack: Pack, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["../v002", "v0002", "/v002", "V002", "v002/..", "pipe:ls", ""])
+def test_names_in_the_document_cannot_leave_the_pack(whole_pack: Pack, tmp_path: Path, name: str) -> None:
     packed = dict(whole_pack.document.packed)
-    packed["../v002"] = packed["v001"]
-    view_ids = dict(whole_pack.document.cache.view_ids) | {"../v002": "c" * 64}
+    packed[name] = packed["v001"]
+    view_ids = dict(whole_pack.document.cache.view_ids) | {name: "c" * 64}
     cache = whole_pack.document.cache.model_copy(update={"view_ids": view_ids})
     document = whole_pack.document.model_copy(update={"packed": packed, "cache": cache})
     write_new(tmp_path / "pack.json", document.sealed())

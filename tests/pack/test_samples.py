@@ -96,6 +96,11 @@ def test_a_tar_that_is_cut_missing_or_a_link_is_refused(pack_copy: Pack) -> None
     path.symlink_to(path.with_name("elsewhere"))
     with pytest.raises(StorageError, match=r"s00000\.tar: cannot open: Too many levels"):
         read(pack_copy, "v000", [2])
+    folder = pack_copy.path / "v001"
+    folder.rename(pack_copy.path / "elsewhere")
+    folder.symlink_to(pack_copy.path / "elsewhere")
+    with pytest.raises(StorageError, match=r"v001/s00000\.tar: cannot open: Not a directory"):
+        read(pack_copy, "v001", [2])
 
 
 def test_short_reads_are_continued(whole_pack: Pack, monkeypatch: pytest.MonkeyPatch) -> None:

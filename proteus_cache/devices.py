@@ -26,8 +26,29 @@ def best_device(asked: str | None) -> torch.device:
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise UsageError(f"--device {asked}: torch {torch.__version__} sees no GPU here; try --device cpu")
-        index = device.index if device.index is not None else int(os.environ.get("LOCAL_RANK", "0"))
-        if index >= torch.cuda.device_count():
-            raise UsageError(f"--device cuda:{index}: there are {torch.cuda.device_count()} GPUs")
+        visible = torch.cuda.device_count()
+        index = device.index if device.index is not None else _own_index(visible)
+        if index >= visible:
+            raise UsageError(f"--device cuda:{index}: there are {visible} GPUs")
         device = torch.device("cuda", index)
     return device
+
+
+def use_device(asked: str | None) -> torch.device:
+    """`best_device`, made the current one: page-locked memory and helper threads belong to the current GPU.
+
+    Raises:
+        UsageError: as `best_device`.
+    """
+    device = best_device(asked)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
+
+
+def _own_index(visible: int) -> int:
+    """This process's GPU by its number on the machine; 0 where a launcher shows each process only its own."""
+    if visible == 1:
+        return 0
+    in_step = "SLURM_STEP_ID" in os.environ
+    return int(os.environ.get("LOCAL_RANK") or (os.environ.get("SLURM_LOCALID") if in_step else None) or 0)

@@ -60,6 +60,8 @@ class ExtractPlan:
     views_per_s: float | None
     """Of one process, measured on the planning batch; None when not measured."""
     processes: int
+    is_published: bool
+    """Whether the cache is there already, so that its image list cannot shrink any more."""
 
     @property
     def bytes_todo(self) -> float:
@@ -130,7 +132,9 @@ class ExtractPlan:
         views = (fitting + n_done - self.n_probe) // self.n_images
         if views >= 1:
             return f"--views {views} fits"
-        return f"--views 1 --limit {fitting:,} fits" if fitting else "nothing fits; give --out a larger disk"
+        if fitting and not self.is_published:
+            return f"--views 1 --limit {fitting} fits"
+        return "nothing fits; free space there, or give --out a larger disk"
 
     def to_json(self) -> dict[str, Any]:
         """The plan for machines."""

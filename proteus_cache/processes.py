@@ -9,12 +9,15 @@ from __future__ import annotations
 import math
 import multiprocessing
 import multiprocessing.connection
+import multiprocessing.forkserver
+import multiprocessing.resource_tracker
 import os
 import signal
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -109,6 +112,31 @@ def follow_parent() -> None:
     threading.Thread(target=watch, name="follow-parent", daemon=True).start()
 
 
+@contextmanager
+def _deaf_to_ctrl_c() -> Iterator[None]:
+    """Processes that are started inside never see SIGINT; this one gets it afterwards.
+
+    Ctrl-C goes to every process of the terminal. One that is still importing would answer with a stack trace.
+    """
+    multiprocessing.resource_tracker.ensure_running()  # it unblocks SIGINT when it has to be started first
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def start_fork_server(preload: list[str]) -> None:
+    """Start the process that workers of the start method "forkserver" are forked from, unless it runs.
+
+    Args:
+        preload: modules that it imports, so that a worker starts at once.
+    """
+    multiprocessing.get_context("forkserver").set_forkserver_preload(preload)
+    with _deaf_to_ctrl_c():
+        multiprocessing.forkserver.ensure_running()
+
+
 def free_port() -> int:
     """A TCP port on the loopback interface that was free a moment ago."""
     with socket.socket() as listener:
@@ -120,11 +148,15 @@ def free_port() -> int:
 def start_ranks(count: int, target: Callable[..., None], *args: object) -> int:
     """Run `target(*args)` in `count` fresh processes with the environment that torchrun would give them.
 
-    SIGINT and SIGTERM are passed on once; when one rank fails the others are told to stop, and killed when they
-    have not ended after 20 s. `target` must be importable and its arguments picklable (they never leave this machine).
+    SIGINT and SIGTERM reach the ranks as one SIGTERM; when one rank fails the others are told to stop, and killed
+    when they have not ended after 20 s. `target` must be importable and its arguments picklable (they never leave this
+    machine).
 
     Returns:
         0, or the exit status of the first rank that failed.
+
+    Raises:
+        KeyboardInterrupt: SIGINT or SIGTERM came, and a rank ended early; no rank runs any more.
     """
     context = multiprocessing.get_context("spawn")
     port = free_port()
@@ -137,15 +169,19 @@ def start_ranks(count: int, target: Callable[..., None], *args: object) -> int:
     for number in previous:
         signal.signal(number, lambda *_: interrupted.set())
     try:
-        for rank in ranks:
-            rank.start()
-        return _wait(ranks, interrupted)
+        with _deaf_to_ctrl_c():
+            for rank in ranks:
+                rank.start()
+        status = _wait(ranks, interrupted)
     finally:
         for rank in ranks:
             if rank.is_alive():
                 rank.kill()
         for number, handler in previous.items():
             signal.signal(number, handler)
+    if status != 0 and interrupted.is_set():
+        raise KeyboardInterrupt
+    return status
 
 
 def _run_rank(rank: int, count: int, port: int, target: Callable[..., None], args: tuple[object, ...]) -> None:

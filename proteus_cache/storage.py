@@ -24,6 +24,13 @@ import numpy as np
 
 Buffer: TypeAlias = bytes | bytearray | memoryview | np.ndarray
 _FULL = {errno.ENOSPC, errno.EDQUOT}
+_REMEDIES = {
+    errno.EACCES: "make it writable for this user, or give another folder",
+    errno.EPERM: "make it writable for this user, or give another folder (one whose file system knows hard links)",
+    errno.ENOTDIR: "a file stands where a folder is needed: give another folder",
+    errno.EROFS: "it is mounted read-only: give another folder",
+    errno.EOPNOTSUPP: "give a folder on a file system that knows hard links",
+}
 _READ_BYTES = 1 << 20
 
 
@@ -59,7 +66,8 @@ def _reported(doing: str, path: Path) -> Iterator[None]:
                 f"{path}: cannot {doing}: {reason}; free space or inodes there and run the same command again, "
                 "finished units are kept"
             ) from error
-        raise StorageError(f"{path}: cannot {doing}: {reason}") from error
+        remedy = f"; {_REMEDIES[error.errno]}" if error.errno in _REMEDIES else ""
+        raise StorageError(f"{path}: cannot {doing}: {reason}{remedy}") from error
 
 
 def temp_name(final_name: str) -> str:
@@ -80,9 +88,10 @@ def write_new(path: Path, chunks: Buffer | Iterable[Buffer]) -> Written:
     """
     digest = hashlib.sha256()
     size = 0
+    with _reported("write", path):
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
     try:
         with _reported("write", path):
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
             try:
                 for chunk in _as_chunks(chunks):
                     view = memoryview(chunk).cast("B")  # type: ignore[arg-type]  # numpy types its buffer from 3.12 on
@@ -141,14 +150,19 @@ def publish_once(temp: Path, final: Path) -> bool:
     """Give `temp` the name `final` unless that exists; `temp` is gone afterwards.
 
     Returns:
-        True when this call made `final`; False when another writer was first (or this call's link had already
-        succeeded on a file system that lost the answer: read `final` to tell).
+        True when this call made `final`; False when another writer was first (and perhaps removed `temp` when it had
+        finished), or this call's link had already succeeded on a file system that lost the answer: read `final` to
+        tell.
     """
     try:
         with _reported("link", final):
             try:
                 os.link(temp, final)
             except FileExistsError:
+                return False
+            except FileNotFoundError:
+                if not os.path.lexists(final):
+                    raise
                 return False
     finally:
         with suppress(OSError):
@@ -208,6 +222,16 @@ def size_of(path: Path) -> int | None:
     return status.st_size if stat.S_ISREG(status.st_mode) else None
 
 
+def inode_of(path: Path) -> tuple[int, int] | None:
+    """Which file has this name now (device and inode, kept by a rename), or None when there is none."""
+    with _reported("look at", path):
+        try:
+            status = os.lstat(path)
+        except FileNotFoundError:
+            return None
+    return status.st_dev, status.st_ino
+
+
 def read_bytes(path: Path, limit: int) -> bytes:
     """All bytes of a file of at most `limit` bytes.
 
@@ -239,7 +263,7 @@ def sha256_of(path: Path) -> tuple[int, str]:
 
 def free_space(path: Path) -> Free:
     """Space and inodes left for this user on the file system that holds (or will hold) `path`."""
-    while not path.exists() and path != path.parent:
+    while not os.path.exists(path) and path != path.parent:
         path = path.parent
     with _reported("ask for free space", path):
         status = os.statvfs(path)

@@ -37,8 +37,9 @@ def find_training_data(home: Path, given: Path | None) -> TrainingData:
         return _from_folder(home, given)
     packs = [path for path in _folders(home / "packs") if is_pack(path)]
     packed_ids = {open_pack(path).cache_id for path in packs}
-    caches = [path for path in _folders(home / "caches") if is_cache(path) and _cache_id(path) not in packed_ids]
-    found = [*packs, *caches]
+    caches = {path: _cache_id(path) for path in _folders(home / "caches") if is_cache(path)}
+    finished = [path for path, cache_id in caches.items() if cache_id is not None and cache_id not in packed_ids]
+    found = [*packs, *finished] or list(caches)  # one whose views were moved away, or never came, is no choice
     if not found:
         raise UsageError(
             f"nothing to train from: {home} holds no cache and no pack; run `proteus-cache extract --teacher NAME` "
@@ -59,6 +60,8 @@ def default_pack(home: Path, cache: Path) -> Path:
 
 
 def _from_folder(home: Path, path: Path) -> TrainingData:
+    if path.exists() and not path.is_dir():
+        raise UsageError(f"{path}: is a file; give the folder of a pack or a cache with --data")
     if is_pack(path):
         return TrainingData(path, None)
     if not is_cache(path):

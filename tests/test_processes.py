@@ -80,6 +80,27 @@ def test_a_failed_rank_ends_the_others(tmp_path: Path) -> None:
     assert start_ranks(2, _fail_or_wait, str(tmp_path)) == 7
 
 
+def _interrupt_parent_and_wait(folder: str) -> None:
+    blocked = signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    (Path(folder) / os.environ["RANK"]).write_text(str(blocked))
+    while len(list(Path(folder).iterdir())) < 2:
+        os.sched_yield()
+    if os.environ["RANK"] == "0":
+        os.kill(os.getppid(), signal.SIGINT)
+    signal.pause()
+
+
+def test_ctrl_c_reaches_the_ranks_through_their_parent_only(tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        start_ranks(2, _interrupt_parent_and_wait, str(tmp_path))
+
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["True", "True"]
+    assert signal.getsignal(signal.SIGINT) == before
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
 _PARENT = """
 import subprocess, sys, time
 child = subprocess.Popen([sys.executable, "-c", {child!r}], stdout=subprocess.PIPE)

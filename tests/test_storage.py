@@ -28,6 +28,8 @@ def test_write_new_refuses_an_existing_file_and_leaves_it(tmp_path: Path) -> Non
     with pytest.raises(StorageError, match="cannot write: File exists"):
         storage.write_new(tmp_path / "file", b"new")
 
+    assert (tmp_path / "file").read_bytes() == b"old"
+
 
 def test_short_writes_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real_write = os.write
@@ -96,6 +98,42 @@ def test_publish_once_keeps_the_first(tmp_path: Path) -> None:
 
     assert [entry.name for entry in tmp_path.iterdir()] == ["final"]
     assert (tmp_path / "final").read_bytes() == b"first"
+
+
+def test_publish_once_lets_a_finished_writer_remove_our_file(tmp_path: Path) -> None:
+    (tmp_path / "final").write_bytes(b"first")
+
+    assert not storage.publish_once(tmp_path / "removed", tmp_path / "final")
+    with pytest.raises(StorageError, match="cannot link: No such file"):
+        storage.publish_once(tmp_path / "removed", tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    ("number", "remedy"),
+    [(errno.EROFS, "mounted read-only"), (errno.EACCES, "writable"), (errno.EPERM, "hard links")],
+)
+def test_a_refusal_of_the_file_system_says_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, remedy: str
+) -> None:
+    def refuse(temp: Path, final: Path) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "link", refuse)
+
+    with pytest.raises(StorageError, match=f"final: cannot link: .*{remedy}"):
+        storage.publish_once(tmp_path / "file", tmp_path / "final")
+
+
+def test_a_rename_keeps_the_inode(tmp_path: Path) -> None:
+    storage.write_new(tmp_path / "temp", b"new")
+    storage.write_new(tmp_path / "final", b"old")
+    ours = storage.inode_of(tmp_path / "temp")
+
+    assert ours != storage.inode_of(tmp_path / "final")
+    storage.publish(tmp_path / "temp", tmp_path / "final")
+
+    assert storage.inode_of(tmp_path / "final") == ours
+    assert storage.inode_of(tmp_path / "temp") is None
 
 
 def test_size_of_does_not_follow_links(tmp_path: Path) -> None:

@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import pyarrow as pa
+
 from proteus_cache import storage
 from proteus_cache.cache import zarr_arrays
-from proteus_cache.cache.layout import array_folder, shard_stem
+from proteus_cache.cache.layout import array_folder, is_view, shard_stem
 from proteus_cache.cache.reader import Cache, open_cache
 from proteus_cache.cache.receipt import Receipt
 from proteus_cache.cache.writer import rows_of_view
@@ -96,25 +98,45 @@ def _unit(cache: Cache, view: str, shard: int, known: set[str], read_data: bool)
 
 def _arrays(cache: Cache, receipt: Receipt, name: str, known: set[str]) -> Iterator[Finding]:
     """Every zarr.json above the unit's arrays is the one that its receipt saw."""
-    known.update(receipt.zarr)
     remedy = "remove it and run the same extract again: it writes it anew"
     expected = {"targets.zarr/zarr.json", f"targets.zarr/{receipt.view}/zarr.json"}
     expected |= {f"{array_folder(receipt.view, target.name)}/zarr.json" for target in cache.manifest.targets}
+    known.update(expected)
     for path in sorted(expected):
-        final = cache.layout.resolve(path)
-        if storage.size_of(final) is None:
+        metadata = _metadata(cache, path)
+        if metadata is None:
             yield Finding(path, name, "missing", remedy)
-        elif hashlib.sha256(storage.read_bytes(final, 1 << 20)).hexdigest() != receipt.zarr.get(path):
+        elif hashlib.sha256(metadata).hexdigest() != receipt.zarr.get(path):
             yield Finding(path, name, "not the one that the unit was written with", remedy)
+
+
+def _metadata(cache: Cache, path: str) -> bytes | None:
+    """The bytes of a zarr.json; None where no file of a possible size has that name."""
+    final = cache.layout.resolve(path)
+    size = storage.size_of(final)
+    if size is None or size > zarr_arrays.MAX_METADATA_BYTES:
+        return None
+    return storage.read_bytes(final, zarr_arrays.MAX_METADATA_BYTES)
 
 
 def _unit_data(cache: Cache, receipt: Receipt, name: str, remedy: str) -> Iterator[Finding]:
     """File digests, chunk checksums, code CRCs, sample documents and view pixels."""
     view, shard = receipt.view, receipt.shard
+    yield from _caught(f"receipts/{name}.json", name, remedy, lambda: _check_images(cache, receipt))
     for target in cache.manifest.targets:
         relative = array_folder(view, target.name)
         yield from _caught(relative, name, remedy, partial(cache.read_codes, view, shard, target.name))
     yield from _caught(f"views/{name}.tar", name, remedy, lambda: _check_views(cache, receipt))
+
+
+def _check_images(cache: Cache, receipt: Receipt) -> None:
+    """The rows of a receipt are those of the image list."""
+    rows = [cache.image_row(receipt.view, row) for row in range(receipt.first_row, receipt.end_row)]
+    keys = cache.image_table["key"].take(pa.array(rows)).to_pylist()
+    held = dict(zip(receipt.samples.rows, receipt.samples.keys, strict=True))
+    held |= {image.row: image.key for image in receipt.quarantined}
+    if [held[row] for row in range(receipt.first_row, receipt.end_row)] != keys:
+        raise DamageError(f"receipts/{receipt.view}/{shard_stem(receipt.shard)}.json: names other images than the list")
 
 
 def _check_views(cache: Cache, receipt: Receipt) -> None:
@@ -141,7 +163,8 @@ def _unknown_files(cache: Cache, known: set[str]) -> Iterator[Finding]:
         relative = Path(folder).relative_to(cache.path)
         if relative == Path("."):
             names[:] = [name for name in names if name != "tmp"]
-        for file in sorted(files):
+        links = [name for name in names if os.path.islink(os.path.join(folder, name))]
+        for file in sorted([*files, *links]):
             path = (relative / file).as_posix()
             if path not in known and not _is_above_an_array(cache, path):
                 yield Finding(path, None, "does not belong to the cache", _unknown_remedy(path))
@@ -154,26 +177,23 @@ def _unknown_remedy(path: str) -> str:
 
 
 def _is_above_an_array(cache: Cache, path: str) -> bool:
-    """A zarr.json of a view index of which no unit is committed yet."""
-    return path.startswith("targets.zarr/") and path.endswith("zarr.json") and _describes_an_array(cache, path)
-
-
-def _describes_an_array(cache: Cache, path: str) -> bool:
-    parts = path.split("/")
-    if len(parts) <= 3:
-        return storage.read_bytes(cache.layout.resolve(path), 1 << 20) == zarr_arrays.group_metadata()
-    view, name = parts[1], parts[2]
-    targets = [target for target in cache.manifest.targets if target.name == name]
-    if len(parts) != 4 or not targets:
-        return False
+    """Whether it is the right zarr.json of a view index of which no unit is committed yet."""
+    match path.split("/"):
+        case ["targets.zarr", "zarr.json"]:
+            wanted = zarr_arrays.group_metadata()
+        case ["targets.zarr", view, "zarr.json"] if is_view(view):
+            wanted = zarr_arrays.group_metadata()
+        case ["targets.zarr", view, name, "zarr.json"] if is_view(view):
+            targets = [target for target in cache.manifest.targets if target.name == name]
+            if not targets:
+                return False
+            n_rows, _ = rows_of_view(cache.manifest, view)
+            wanted = zarr_arrays.array_metadata(targets[0], n_rows, cache.manifest.shard_size)
+        case _:
+            return False
+    found = _metadata(cache, path)
     try:
-        zarr_arrays.check_array_metadata(
-            targets[0],
-            rows_of_view(cache.manifest, view)[0],
-            cache.manifest.shard_size,
-            storage.read_bytes(cache.layout.resolve(path), 1 << 20),
-            path,
-        )
+        zarr_arrays.check_metadata(found or b"", wanted, path)
     except DamageError:
         return False
     return True

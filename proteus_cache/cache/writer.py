@@ -1,16 +1,19 @@
 """Commit of one unit: its files first, its receipt last.
 
 Every file is written under a temporary name, synced, and renamed; the receipt is published with `link()`, so the
-first writer of a unit wins and two that race end with one receipt that names what is on disk. There are no locks: a
-unit without a receipt does not exist, and redoing one is harmless.
+first writer of a unit wins. There are no locks: a unit without a receipt does not exist, and redoing one is harmless.
+Two writers of one unit may rename their files in turn. So each looks, after its receipt, whether the files that have
+their names are still its own, takes the receipt back where they are not, and writes the unit once more.
 """
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import google_crc32c
@@ -23,9 +26,10 @@ from proteus_cache.cache.layout import CacheLayout, array_folder, views_tar, zar
 from proteus_cache.cache.manifest import Manifest, TargetRecord
 from proteus_cache.cache.receipt import FileRecord, Moments, Quarantined, Receipt, Samples
 from proteus_cache.documents import MAX_DOCUMENT_BYTES
-from proteus_cache.errors import DamageError, FormatError
+from proteus_cache.errors import DamageError, FormatError, StorageError
 
 logger = logging.getLogger(__name__)
+_ATTEMPTS = 5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +71,7 @@ def publish_arrays(layout: CacheLayout, manifest: Manifest, view: str) -> dict[s
         Relative path to SHA-256 of every zarr.json above the view's arrays, for the receipts.
 
     Raises:
-        FormatError: one exists and describes something else.
+        FormatError: one exists and describes something else; remove it and extract again.
     """
     n_rows, _ = rows_of_view(manifest, view)
     wanted = {
@@ -81,14 +85,11 @@ def publish_arrays(layout: CacheLayout, manifest: Manifest, view: str) -> dict[s
         final = layout.resolve(path)
         if storage.size_of(final) is None:
             storage.make_folder(final.parent)
-            temp, _ = storage.write_durable(layout.temporary, "zarr.json", _giving(data))
+            temp, _ = storage.write_durable(layout.temporary, "zarr.json", partial(bytes, data))
             storage.publish_once(temp, final)
-    found = {path: storage.read_bytes(layout.resolve(path), 1 << 20) for path in wanted}
-    for target in manifest.targets:
-        path = f"{array_folder(view, target.name)}/zarr.json"
-        zarr_arrays.check_array_metadata(target, n_rows, manifest.shard_size, found[path], str(layout.resolve(path)))
-    import hashlib
-
+    found = {path: storage.read_bytes(layout.resolve(path), zarr_arrays.MAX_METADATA_BYTES) for path in wanted}
+    for path, data in found.items():
+        zarr_arrays.check_metadata(data, wanted[path], str(layout.resolve(path)))
     return {path: hashlib.sha256(data).hexdigest() for path, data in found.items()}
 
 
@@ -110,54 +111,80 @@ def commit_unit(
         SpaceError, StorageError: as the disk says; nothing that was committed before is touched, and the
             temporary files of this unit are removed.
     """
-    temporary: list[Path] = []
+    for attempt in range(1, _ATTEMPTS + 1):
+        try:
+            receipt = _try_commit(layout, manifest, manifest_digest, zarr_digests, unit)
+        except StorageError as error:
+            # The run that completes a cache empties tmp/: what vanished there is simply written again.
+            if attempt == _ATTEMPTS or not isinstance(error.__cause__, FileNotFoundError):
+                raise
+            continue
+        if receipt is not None:
+            return receipt
+    raise StorageError(
+        f"{layout.receipt(unit.view, unit.shard)}: other processes replaced the files of this unit {_ATTEMPTS} times; "
+        "let fewer of them extract the same units, and run the same command again"
+    )
+
+
+def _try_commit(
+    layout: CacheLayout, manifest: Manifest, manifest_digest: str, zarr_digests: dict[str, str], unit: Unit
+) -> Receipt | None:
+    """The receipt that holds now, this unit's or another writer's; None when another process got in between."""
+    temporary: dict[str, Path] = {}
+    files: dict[str, FileRecord] = {}
     try:
-        written: dict[str, tuple[Path, FileRecord]] = {}
         for relative, chunks in _files(manifest, unit):
-            temp, record = storage.write_durable(layout.temporary, Path(relative).name, chunks)
-            temporary.append(temp)
-            written[relative] = temp, FileRecord(size=record.size, sha256=record.sha256)
-        receipt = _receipt(manifest, manifest_digest, zarr_digests, unit, {k: v[1] for k, v in written.items()})
-        sealed = receipt.sealed()
-        existing = _whole_receipt(layout, unit.view, unit.shard)
+            temporary[relative], written = storage.write_durable(layout.temporary, Path(relative).name, chunks)
+            files[relative] = FileRecord(size=written.size, sha256=written.sha256)
+        receipt = _receipt(manifest, manifest_digest, zarr_digests, unit, files)
+        existing = _whole_receipt(layout, receipt)
         if existing is not None:
             return existing
-        for relative, (temp, _) in written.items():
-            final = layout.resolve(relative)
-            storage.make_folder(final.parent)
-            storage.publish(temp, final)
-        return _publish_receipt(layout, receipt, sealed)
-    except BaseException:
-        for temp in temporary:
+        storage.remove(layout.receipt(unit.view, unit.shard))
+        return receipt if _publish(layout, receipt, temporary) else None
+    finally:
+        for temp in temporary.values():
             with suppress(OSError):
                 temp.unlink(missing_ok=True)
-        raise
 
 
-def _publish_receipt(layout: CacheLayout, receipt: Receipt, sealed: bytes) -> Receipt:
-    final = layout.receipt(receipt.view, receipt.shard)
-    storage.make_folder(final.parent)
-    while True:
-        temp, _ = storage.write_durable(layout.temporary, final.name, _giving(sealed))
-        if storage.publish_once(temp, final):
-            return receipt
-        winner = _whole_receipt(layout, receipt.view, receipt.shard)
-        if winner is not None:
-            return winner
+def _publish(layout: CacheLayout, receipt: Receipt, temporary: dict[str, Path]) -> bool:
+    """Give the files their names and then the receipt; whether all of them are this writer's afterwards."""
+    final_receipt = layout.receipt(receipt.view, receipt.shard)
+    ours = {}
+    for relative, temp in temporary.items():
+        final = layout.resolve(relative)
+        storage.make_folder(final.parent)
+        if storage.size_of(final_receipt) is not None:
+            return False
+        ours[final] = storage.inode_of(temp)
+        storage.publish(temp, final)
+    storage.make_folder(final_receipt.parent)
+    sealed = receipt.sealed()
+    temp, _ = storage.write_durable(layout.temporary, final_receipt.name, lambda: sealed)
+    if not storage.publish_once(temp, final_receipt):
+        return False
+    return all(storage.inode_of(final) == inode for final, inode in ours.items())
 
 
-def _whole_receipt(layout: CacheLayout, view: str, shard: int) -> Receipt | None:
-    """The unit's receipt if all its files are what it says; a receipt whose files are not is removed."""
-    path = layout.receipt(view, shard)
+def _whole_receipt(layout: CacheLayout, wanted: Receipt) -> Receipt | None:
+    """The receipt of the same unit that is there, if all its files are what it says."""
+    path = layout.receipt(wanted.view, wanted.shard)
     if storage.size_of(path) is None:
         return None
     try:
-        receipt = Receipt.parse(storage.read_bytes(path, MAX_DOCUMENT_BYTES), str(path))
-        if all(storage.sha256_of(layout.resolve(p)) == (f.size, f.sha256) for p, f in receipt.files.items()):
-            return receipt
-    except DamageError as error:
+        found = Receipt.parse(storage.read_bytes(path, MAX_DOCUMENT_BYTES), str(path))
+        of_this_unit = (found.manifest, found.view, found.shard) == (wanted.manifest, wanted.view, wanted.shard)
+        if (
+            of_this_unit
+            and found.files.keys() == wanted.files.keys()
+            and all(storage.sha256_of(layout.resolve(p)) == (f.size, f.sha256) for p, f in found.files.items())
+        ):
+            return found
+        logger.warning("replaced receipt=%s reason=its files are not what it says", path)
+    except (DamageError, StorageError) as error:
         logger.warning("replaced receipt=%s reason=%s", path, error)
-    storage.remove(path)
     return None
 
 
@@ -191,13 +218,13 @@ def _receipt(
     unit: Unit,
     files: dict[str, FileRecord],
 ) -> Receipt:
+    if any(len(unit.codes[target.name]) != unit.end_row - unit.first_row for target in manifest.targets):
+        raise FormatError(f"unit {unit.view}/{unit.shard}: codes do not cover its rows")
     local = [view.row - unit.first_row for view in unit.views]
     crc32c = {
         target.name: [int(google_crc32c.value(unit.codes[target.name][row])) for row in local]
         for target in manifest.targets
     }
-    if any(len(unit.codes[target.name]) != unit.end_row - unit.first_row for target in manifest.targets):
-        raise FormatError(f"unit {unit.view}/{unit.shard}: codes do not cover its rows")
     return Receipt(
         manifest=manifest_digest,
         view=unit.view,
@@ -217,7 +244,3 @@ def _receipt(
         moments=unit.moments,
         made_with=unit.made_with,
     )
-
-
-def _giving(data: bytes) -> Callable[[], bytes]:
-    return lambda: data

@@ -29,6 +29,7 @@ from proteus_cache.errors import ChecksumError, FormatError
 
 _ZSTD_LEVEL = 1
 _EMPTY = np.uint64(2**64 - 1)
+MAX_METADATA_BYTES = 1 << 20
 
 
 def group_metadata() -> bytes:
@@ -119,21 +120,24 @@ def read_shard(target: TargetRecord, n_rows: int, shard_size: int, data: bytes, 
     return codes
 
 
-def check_array_metadata(target: TargetRecord, n_rows: int, shard_size: int, metadata: bytes, what: str) -> None:
-    """Compare a zarr.json with the one that the manifest asks for.
+def check_metadata(found: bytes, wanted: bytes, what: str) -> None:
+    """Compare a zarr.json with the one that the manifest asks for, of `array_metadata` or `group_metadata`.
 
     Raises:
         FormatError: any field differs: another shape, type, codec or format version.
     """
-    expected = json.loads(array_metadata(target, n_rows, shard_size))
+    expected = json.loads(wanted)
     try:
-        found = json.loads(metadata)
+        there = json.loads(found)
     except ValueError as error:
-        raise FormatError(f"{what}: not valid JSON ({error})") from error
-    if found != expected:
-        keys = {*found, *expected} if isinstance(found, dict) else set(expected)
-        differing = sorted(key for key in keys if not isinstance(found, dict) or found.get(key) != expected.get(key))
-        raise FormatError(f"{what}: not the array of this cache (differs in {', '.join(differing)})")
+        raise FormatError(f"{what}: not valid JSON ({error}); remove it and run the same extract again") from error
+    if there != expected:
+        keys = {*there, *expected} if isinstance(there, dict) else set(expected)
+        differing = sorted(key for key in keys if not isinstance(there, dict) or there.get(key) != expected.get(key))
+        raise FormatError(
+            f"{what}: not the array or group of this cache (differs in {', '.join(differing)}); "
+            "remove it and run the same extract again"
+        )
 
 
 def _read_index(data: bytes, shard_size: int, what: str) -> NDArray[np.uint64]:

@@ -15,14 +15,17 @@ def evaluate_command(
     run: Annotated[Path, typer.Argument(help="A finished run.")],
     images: Annotated[
         Path | None,
-        typer.Option(help="Class folders, or train and test (or val) with class folders in them."),
+        typer.Option(
+            help="Class folders, or train and test (or val) with class folders in them. "
+            "Default: $PROTEUS_IMAGES, else imagenet/train."
+        ),
     ] = None,
     protocol: Annotated[str, typer.Option(help="knn: k nearest neighbours on CLS, as DINOv2 does it.")] = "knn",
-    teacher: Annotated[str | None, typer.Option(help="A teacher to compare with.")] = None,
+    teacher: Annotated[str | None, typer.Option(help="A teacher to compare with. Default: none.")] = None,
     weights: Annotated[str | None, typer.Option(help="Its weights, as for extract.")] = None,
     seed: Annotated[int, typer.Option(help="Of the split of images that come without parts.")] = 0,
     batch_size: Annotated[int, typer.Option(help="Images in a forward.")] = 256,
-    workers: Annotated[int | None, typer.Option(help="Threads that read images.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Threads that read images. Default: the usable cores.")] = None,
     device: Annotated[str | None, typer.Option(help="cuda or cpu. Default: the best there is.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the scores as JSON.")] = False,
 ) -> None:

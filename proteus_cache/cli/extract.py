@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from proteus_cache.cli import settings, terminal
+from proteus_cache.cli import ranks, settings, terminal
 
 if TYPE_CHECKING:
     from proteus_cache.extract.config import ExtractConfig
@@ -45,7 +45,9 @@ def extract_command(
     ] = None,
     images: Annotated[
         Path | None,
-        typer.Option(help="Class folders, a flat folder or a .txt list. Default: PROTEUS_IMAGES."),
+        typer.Option(
+            help="Class folders, a flat folder or a .txt list. Default: $PROTEUS_IMAGES, else imagenet/train."
+        ),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="The cache. Default: $PROTEUS_HOME/caches/TEACHER.")] = None,
     views: Annotated[int | None, typer.Option(help="Augmented views of each image. Default: 4.")] = None,
@@ -58,16 +60,22 @@ def extract_command(
     shard_size: Annotated[int | None, typer.Option(help="Images in a shard. Default: 1024.")] = None,
     probe_images: Annotated[
         int | None,
-        typer.Option(help="Images with one more view, never trained on. Default: 4096 from 16,384 on."),
+        typer.Option(
+            help="Images that get one more view, never trained on. Default: 4096 from 16,384 images on, else 0."
+        ),
     ] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Views in one forward of the teacher.")] = None,
-    workers: Annotated[int | None, typer.Option(help="Rendering processes of each GPU.")] = None,
-    precision: Annotated[str | None, typer.Option(help="fp32, fp16 or bf16. Default: fp16 on GPUs.")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Views in one forward of the teacher. Default: 64 on GPUs, 16 else.")
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Rendering processes of each process. Default: by the usable cores.")
+    ] = None,
+    precision: Annotated[str | None, typer.Option(help="fp32, fp16 or bf16. Default: fp16 on GPUs, fp32 else.")] = None,
     device: Annotated[str | None, typer.Option(help="cuda or cpu. Default: the GPUs there are.")] = None,
     gpus: Annotated[
-        int | None, typer.Option(help="Processes: GPUs to use, or CPU processes with --device cpu.")
+        int | None, typer.Option(help="Processes: GPUs to use (default: all), or CPU processes with --device cpu.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(help="Take this many images, mixed over classes.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Take this many images, mixed over classes. Default: all.")] = None,
     plan_only: Annotated[bool, typer.Option("--plan-only", help="Plan, publish the manifest, and leave.")] = False,
     yes: Annotated[
         bool, typer.Option("--yes", help="Agree to removals; extract never removes, so it never asks.")
@@ -82,8 +90,7 @@ def extract_command(
     flags = {name: value for name, value in locals().items() if name in _FIELDS}
     chosen = settings.merge(flags, given)
     n_processes = chosen.pop("gpus", None)
-    if n_processes is not None and (not isinstance(n_processes, int) or n_processes < 1):
-        raise _usage(f"--gpus must be at least 1, got {n_processes}")
+    ranks.check_asked(n_processes)
     outcome = _run(_config(chosen), n_processes, plan_only)
     terminal.result(as_json, outcome, _lines(outcome))
 
@@ -99,17 +106,17 @@ def _config(chosen: dict[str, Any]) -> ExtractConfig:
 
     home = settings.home()
     teacher = chosen.get("teacher")
-    out = chosen.pop("out", None)
+    out = settings.folder(chosen.pop("out", None), "out")
     if out is None:
         if teacher is None:
             raise _usage("no teacher: say which with --teacher, for example --teacher dinov2_vitg14")
         out = home / "caches" / settings.folder_name(str(teacher))
-    images = chosen.pop("images", None)
+    images = settings.folder(chosen.pop("images", None), "images")
     return ExtractConfig(
-        images=settings.images(None if images is None else Path(images)),
-        out=Path(out),
+        images=settings.images(images),
+        out=out,
         home=home,
-        targets=settings.names(chosen.pop("targets", None)),
+        targets=settings.names(chosen.pop("targets", None), "targets"),
         size_px=chosen.pop("size", None),
         **chosen,
     )
@@ -117,11 +124,11 @@ def _config(chosen: dict[str, Any]) -> ExtractConfig:
 
 def _run(config: ExtractConfig, n_processes: int | None, plan_only: bool) -> dict[str, Any]:
     from proteus_cache.extract.run import describe_plan
-    from proteus_cache.processes import Worker, start_ranks, worker_from_environment
+    from proteus_cache.processes import Worker, worker_from_environment
 
     launched = worker_from_environment()
-    count = 1 if launched else _processes(config, n_processes)
-    planned = _plan(config)
+    count = 1 if launched else ranks.count_of(config.device, n_processes)
+    planned = _plan(config, shown=launched is None or launched.index == 0)
     plan = describe_plan(config, planned, launched.count if launched else count)
     if launched is None or launched.index == 0:
         terminal.note(plan.lines())
@@ -131,28 +138,15 @@ def _run(config: ExtractConfig, n_processes: int | None, plan_only: bool) -> dic
     if count == 1:
         return _extract(config, planned, launched or Worker(0, 1))
     del planned
-    status = start_ranks(count, _extract_rank, config)
-    if status != 0:
-        raise typer.Exit(1)
+    ranks.start(count, _extract_rank, config)
     return _summary(config, {})
 
 
-def _plan(config: ExtractConfig) -> Any:
+def _plan(config: ExtractConfig, shown: bool) -> Any:
     from proteus_cache.extract.planning import plan_cache
 
-    with terminal.progress("fetch", "MB") as update:
+    with terminal.progress("teacher", "MB", shown) as update:
         return plan_cache(config, lambda done, total: update(done / 1e6, (total or done) / 1e6, 0))
-
-
-def _processes(config: ExtractConfig, asked: int | None) -> int:
-    import torch
-
-    if config.device == "cpu" or not torch.cuda.is_available():
-        return asked or 1
-    visible = torch.cuda.device_count()
-    if asked is not None and asked > visible:
-        raise _usage(f"--gpus {asked}: there are {visible} GPUs")
-    return 1 if config.device not in (None, "cuda") else asked or visible
 
 
 def _extract_rank(config: ExtractConfig) -> None:
@@ -165,20 +159,20 @@ def _extract_rank(config: ExtractConfig) -> None:
         sys.exit(leaving.exit_code)
 
 
-@terminal.command(_AGAIN)
+@terminal.command(None)
 def _extract_rank_command(config: ExtractConfig) -> None:
     from proteus_cache.processes import worker_from_environment
 
     worker = worker_from_environment()
     assert worker is not None, "start_ranks sets RANK and WORLD_SIZE"
-    _extract(config, _plan(config), worker)
+    _extract(config, _plan(config, shown=worker.index == 0), worker)
 
 
 def _extract(config: ExtractConfig, planned: Any, worker: Any) -> dict[str, Any]:
     from proteus_cache.extract.run import extract
 
-    label = "extract" if worker.count == 1 else f"extract {worker.index + 1} of {worker.count}"
-    with terminal.progress(label, "views") as update:
+    label = "extract" if worker.count == 1 else f"extract, process 1 of {worker.count}"
+    with terminal.progress(label, "views", shown=worker.index == 0) as update:
         done = extract(config, planned, worker, lambda at: update(at.views_done, at.views_all, at.bytes_written))
     return _summary(
         config,
@@ -199,7 +193,8 @@ def _lines(outcome: dict[str, Any]) -> list[str]:
             f"planned {outcome['cache']}",
             "next: the same command without --plan-only, on as many machines as you like",
         ]
-    views = f"{outcome['n_stored_views']:,} views in {len(outcome['views'])} view indices"
+    n_indices = len(outcome["views"])
+    views = f"{outcome['n_stored_views']:,} views in {n_indices} view {'index' if n_indices == 1 else 'indices'}"
     state = "" if outcome["is_complete"] else f", {outcome['units_left']} units left to other processes"
     quarantined = f", {outcome['n_quarantined']} images quarantined" if outcome["n_quarantined"] else ""
     return [

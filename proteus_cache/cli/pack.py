@@ -9,10 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from proteus_cache.cli import settings, terminal
+from proteus_cache.errors import UsageError
 from proteus_cache.plan import human_bytes
 
 if TYPE_CHECKING:
     from proteus_cache.pack.build import PackReport
+
+_MOST_VIEWS = 10_000
 
 
 @terminal.command("finished tars are kept: run the same command again to go on")
@@ -37,14 +40,13 @@ def pack_command(
     from proteus_cache.workspace import default_pack
 
     if workers is not None and workers < 1:
-        terminal.fail(f"--workers must be at least 1, got {workers}", 2)
-    if move:
-        terminal.confirm(f"{cache}: remove every unit from the cache once it is packed?", yes)
+        raise UsageError(f"--workers must be at least 1, got {workers}")
     report = pack_with_progress(
         cache,
         out or default_pack(settings.home(), cache),
-        views=_views(views),
-        targets=settings.names(targets),
+        yes=yes,
+        views=_views(views, cache),
+        targets=settings.names(targets, "targets"),
         codec=codec,
         move=move,
         workers=workers,
@@ -57,19 +59,27 @@ def pack_command(
     terminal.result(as_json, asdict(report) | {"path": str(report.path)}, lines)
 
 
-def _views(value: str | None) -> list[str] | None:
-    from proteus_cache.cache.layout import view_name
+def _views(value: str | None, cache: Path) -> list[str] | None:
+    """Names of view indices; a number means the first so many, and the probe where there is one."""
+    from proteus_cache.cache.layout import PROBE, view_name
+    from proteus_cache.cache.reader import open_cache
 
-    chosen = settings.names(value)
+    chosen = settings.names(value, "views")
     if chosen is None:
         return None
-    if len(chosen) == 1 and chosen[0].isdigit():
-        return [view_name(index) for index in range(int(chosen[0]))]
+    if len(chosen) == 1 and chosen[0].lstrip("-").isdecimal():
+        count = int(chosen[0])
+        if not 1 <= count <= _MOST_VIEWS:
+            raise UsageError(f"--views must be from 1 to {_MOST_VIEWS:,}, or names such as v000,v002, got {count}")
+        probe = [PROBE] if open_cache(cache).manifest.images.n_probe else []
+        return [view_name(index) for index in range(count)] + probe
     return list(chosen)
 
 
-def pack_with_progress(cache: Path, out: Path, *, workers: int | None = None, **choices: Any) -> PackReport:
-    """Plan, print the plan, check the space, pack. `choices` as for `plan_pack`."""
+def pack_with_progress(
+    cache: Path, out: Path, *, workers: int | None = None, yes: bool = False, **choices: Any
+) -> PackReport:
+    """Plan, print the plan, check the space, ask before a move, pack. `choices` as for `plan_pack`."""
     from proteus_cache.pack.build import run_pack, workers_that_fit
     from proteus_cache.pack.plan import plan_pack
 
@@ -77,5 +87,7 @@ def pack_with_progress(cache: Path, out: Path, *, workers: int | None = None, **
     terminal.note(plan.lines())
     n_workers = workers_that_fit(plan, workers)
     plan.check(n_workers)
+    if plan.move:
+        terminal.confirm(f"{cache}: remove every unit from the cache once it is packed?", yes)
     with terminal.progress("pack", "units") as update:
         return run_pack(plan, workers=n_workers, progress=lambda done, total: update(done, total, 0))

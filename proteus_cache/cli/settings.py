@@ -14,7 +14,20 @@ _MAX_CONFIG_BYTES = 1 << 20
 
 def home() -> Path:
     """PROTEUS_HOME, else ./proteus: caches, packs, runs and weights are kept below it."""
-    return Path(os.environ.get("PROTEUS_HOME") or "proteus")
+    return Path(os.environ.get("PROTEUS_HOME") or "proteus").expanduser()
+
+
+def folder(value: object, name: str) -> Path | None:
+    """A path of a flag or a config file with `~` resolved; None when it is not given.
+
+    Raises:
+        ConfigError: it is no text.
+    """
+    if value is None:
+        return None
+    if not isinstance(value, str | Path) or not str(value):
+        raise ConfigError(f"--{name} must be a path, got {value!r}")
+    return Path(value).expanduser()
 
 
 def images(given: Path | None, purpose: str = "extract") -> Path:
@@ -26,7 +39,7 @@ def images(given: Path | None, purpose: str = "extract") -> Path:
     if given is not None:
         return given
     if os.environ.get("PROTEUS_IMAGES"):
-        return Path(os.environ["PROTEUS_IMAGES"])
+        return Path(os.environ["PROTEUS_IMAGES"]).expanduser()
     default = Path("imagenet/train")
     if default.is_dir():
         return default
@@ -67,6 +80,8 @@ def read_config(path: Path | None, known: tuple[str, ...] | None = None) -> dict
         raise ConfigError(f"{path}: cannot read the config: {error.strerror}") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from error
+    if value is None:  # empty, or nothing but comments
+        return {}
     if not isinstance(value, dict):
         raise ConfigError(f"{path}: a config is a list of `name: value` lines")
     settings = {str(key).replace("-", "_"): setting for key, setting in value.items()}
@@ -83,9 +98,22 @@ def merge(flags: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
     return config | {name: value for name, value in flags.items() if value is not None}
 
 
-def names(value: str | list[str] | tuple[str, ...] | None) -> tuple[str, ...] | None:
-    """ "cls,patch" or a YAML list as a tuple."""
+def names(value: object, name: str) -> tuple[str, ...] | None:
+    """ "cls,patch" or a YAML list as a tuple; None when it is not given.
+
+    Args:
+        value: as given.
+        name: of the flag, for the message.
+
+    Raises:
+        ConfigError: nothing is named, or `value` is neither text nor a list.
+    """
     if value is None:
         return None
-    parts = value.split(",") if isinstance(value, str) else [str(part) for part in value]
-    return tuple(part.strip() for part in parts if part.strip())
+    if not isinstance(value, str | list):
+        raise ConfigError(f"--{name} must be a list of names, got {value!r}")
+    parts = value.split(",") if isinstance(value, str) else map(str, value)
+    found = tuple(part.strip() for part in parts if part.strip())
+    if not found:
+        raise ConfigError(f"--{name} names nothing; leave it out for the default")
+    return found

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from proteus_cache.cli import settings, terminal
+from proteus_cache.cli import ranks, settings, terminal
 
 if TYPE_CHECKING:
     from proteus_cache.train.config import TrainConfig
@@ -39,16 +39,23 @@ def train_command(
     data: Annotated[Path | None, typer.Option(help="A pack or a cache. Default: the only one in PROTEUS_HOME.")] = None,
     out: Annotated[Path | None, typer.Option(help="The run. Default: $PROTEUS_HOME/runs/STUDENT.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Epochs of the schedule. Default: 300.")] = None,
-    max_steps: Annotated[int | None, typer.Option(help="Stop after this many steps of the schedule.")] = None,
+    max_steps: Annotated[
+        int | None, typer.Option(help="Stop after this many steps of the schedule. Default: its end.")
+    ] = None,
     batch_size: Annotated[
         int | None, typer.Option(help="Views in a step, over all processes. Default: 1024, 256 for vit_l14.")
     ] = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate. Default: 5e-4 x batch / 512.")] = None,
-    workers: Annotated[int | None, typer.Option(help="Reader processes of each rank.")] = None,
-    precision: Annotated[str | None, typer.Option(help="fp32, fp16 or bf16. Default: bf16 on GPUs.")] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Reader processes of each rank. Default: the usable cores less one.")
+    ] = None,
+    precision: Annotated[
+        str | None,
+        typer.Option(help="fp32, fp16 or bf16. Default: bf16 on GPUs that have it, else fp16; fp32 on CPUs."),
+    ] = None,
     device: Annotated[str | None, typer.Option(help="cuda or cpu. Default: the GPUs there are.")] = None,
     gpus: Annotated[
-        int | None, typer.Option(help="Processes: GPUs to use, or CPU processes with --device cpu.")
+        int | None, typer.Option(help="Processes: GPUs to use (default: all), or CPU processes with --device cpu.")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Of initial weights, order and masks. Default: 0.")] = None,
     checkpoint_every: Annotated[int | None, typer.Option(help="Steps between checkpoints. Default: 1000.")] = None,
@@ -67,49 +74,70 @@ def train_command(
     """
     flags = {name: value for name, value in locals().items() if name in _FIELDS}
     given = _config_file(config)
-    asked_gpus = gpus if gpus is not None else given.pop("gpus", None)
-    chosen = settings.merge(flags, given)
+    chosen = settings.merge(flags | {"gpus": gpus}, given)
+    asked_gpus = chosen.pop("gpus", None)
     outcome = _run(chosen, asked_gpus, resume, yes, str(config) if config else "train")
-    terminal.result(as_json, outcome, _lines(outcome))
+    if _is_first():
+        terminal.result(as_json, outcome, _lines(outcome))
     if outcome["stopped_by"] is not None:
         raise typer.Exit(1)
 
 
 def _config_file(path: Path | None) -> dict[str, Any]:
     """Settings of a config file: its `train` section where it has one (as a run's config.yaml does)."""
+    from proteus_cache.errors import ConfigError
+
     given = settings.read_config(path)
-    section = given.get("train", given)
-    return {str(key).replace("-", "_"): value for key, value in section.items()} if isinstance(section, dict) else given
+    if "train" not in given:
+        return given
+    section = given["train"]
+    if not isinstance(section, dict):
+        raise ConfigError(f"{path}: `train:` must hold `name: value` lines")
+    beside = sorted(given.keys() - {"train", "pack", "versions"})
+    if beside:
+        raise ConfigError(f"{path}: {beside[0]!r} stands beside the section `train:`; move it into the section")
+    return {str(key).replace("-", "_"): value for key, value in section.items()}
+
+
+def _is_first() -> bool:
+    """Whether this process speaks for the run: launchers start several with one stdout."""
+    from proteus_cache.processes import rank_from_environment
+
+    rank = rank_from_environment()
+    return rank is None or rank.index == 0
 
 
 def _run(chosen: dict[str, Any], gpus: Any, resume: bool, yes: bool, what: str) -> dict[str, Any]:
     from proteus_cache.errors import UsageError
-    from proteus_cache.processes import rank_from_environment, start_ranks
+    from proteus_cache.processes import rank_from_environment
     from proteus_cache.train.config import config_from_mapping
     from proteus_cache.workspace import find_training_data
 
     if chosen.get("student") is None:
         raise UsageError("no student: say which with --student, for example --student vit_s14")
-    if gpus is not None and not (isinstance(gpus, int) and gpus >= 1):
-        raise UsageError(f"--gpus must be a whole number of at least 1, got {gpus!r}")
+    ranks.check_asked(gpus)
     home = settings.home()
-    chosen.setdefault("out", home / "runs" / settings.folder_name(str(chosen["student"])))
-    given_data = chosen.get("data")
+    default_out = home / "runs" / settings.folder_name(str(chosen["student"]))
+    chosen["out"] = settings.folder(chosen.get("out"), "out") or default_out
+    given_data = settings.folder(chosen.get("data"), "data")
     config_from_mapping(chosen | {"data": given_data or "."}, what)  # refuse bad settings before a long packing
     launched = rank_from_environment()
-    data = find_training_data(home, None if given_data is None else Path(given_data))
+    data = find_training_data(home, given_data)
     if data.cache is not None:
         _pack_first(data.cache, data.pack, launched)
     config = config_from_mapping(chosen | {"data": data.pack}, what)
     _ask_to_replace(config, resume, yes)
-    count = 1 if launched else _processes(config, gpus)
-    if launched is None or launched.index == 0:
-        terminal.note(_plan_lines(config, launched.count if launched else count))
+    count = 1 if launched else ranks.count_of(config.device, gpus)
+    if config.global_batch < count:
+        raise UsageError(
+            f"a batch of {config.global_batch} cannot be shared by {count} processes; "
+            "raise --batch-size or lower --gpus"
+        )
+    if _is_first():
+        terminal.note(_plan_lines(config, launched.count if launched else count, resume))
     if count == 1:
         return _train(config, resume)
-    status = start_ranks(count, _train_rank, config, resume)
-    if status != 0:
-        raise typer.Exit(1)
+    ranks.start(count, _train_rank, config, resume)
     return _outcome(config, None, resume)
 
 
@@ -137,23 +165,14 @@ def _ask_to_replace(config: TrainConfig, resume: bool, yes: bool) -> None:
         terminal.confirm(f"{config.out}: replace {', '.join(replaced)} of a run that has no checkpoint?", yes)
 
 
-def _plan_lines(config: TrainConfig, processes: int) -> list[str]:
+def _plan_lines(config: TrainConfig, processes: int, resume: bool) -> list[str]:
+    from proteus_cache.train.checkpoint import checkpoint_steps
     from proteus_cache.train.planning import plan_training
+    from proteus_cache.train.run_folder import CHECKPOINTS
 
-    return plan_training(config, processes).lines()
-
-
-def _processes(config: TrainConfig, asked: int | None) -> int:
-    import torch
-
-    from proteus_cache.errors import UsageError
-
-    if config.device == "cpu" or not torch.cuda.is_available():
-        return asked or 1
-    visible = torch.cuda.device_count()
-    if asked is not None and asked > visible:
-        raise UsageError(f"--gpus {asked}: there are {visible} GPUs")
-    return asked or visible
+    lines = plan_training(config, processes).lines()
+    steps = checkpoint_steps(config.out / CHECKPOINTS) if resume else []
+    return [*lines, f"resumes   after step {steps[-1]:,}"] if steps else lines
 
 
 def _train_rank(config: TrainConfig, resume: bool) -> None:
@@ -166,7 +185,7 @@ def _train_rank(config: TrainConfig, resume: bool) -> None:
         sys.exit(1)
 
 
-@terminal.command(_AGAIN)
+@terminal.command(None)
 def _train_rank_command(config: TrainConfig, resume: bool) -> dict[str, Any]:
     return _train(config, resume)
 
@@ -174,7 +193,7 @@ def _train_rank_command(config: TrainConfig, resume: bool) -> dict[str, Any]:
 def _train(config: TrainConfig, resume: bool) -> dict[str, Any]:
     from proteus_cache.train.loop import train
 
-    with terminal.progress("train", "steps") as update:
+    with terminal.progress("train", "steps", shown=_is_first()) as update:
 
         def show(at: Progress) -> None:
             update(at.step, at.n_steps, 0)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -30,7 +31,8 @@ def verify_command(
         findings = _verify(kind, path, read_data, lambda done, total: update(done, total, 0))
     depth = "every digest and checksum" if read_data else "structure and sizes (add --read-data to read everything)"
     lines = [f"{finding.path}: {finding.problem}\n    {finding.remedy}" for finding in findings]
-    lines.append(f"{kind} {path}: {len(findings)} findings" if findings else f"{kind} {path}: whole; checked {depth}")
+    count = f"{len(findings):,} finding{'s' * (len(findings) != 1)}"
+    lines.append(f"{kind} {path}: {count if findings else f'whole; checked {depth}'}")
     outcome = {
         "path": str(path),
         "kind": kind,
@@ -43,7 +45,7 @@ def verify_command(
         raise typer.Exit(1)
 
 
-def _verify(kind: str, path: Path, read_data: bool, progress):  # type: ignore[no-untyped-def]
+def _verify(kind: str, path: Path, read_data: bool, progress: Callable[[int, int], None]) -> list[Any]:
     if kind == "cache":
         from proteus_cache.cache.verify import verify_cache
 
@@ -51,7 +53,7 @@ def _verify(kind: str, path: Path, read_data: bool, progress):  # type: ignore[n
     if kind == "pack":
         from proteus_cache.pack.verify import verify_pack
 
-        return verify_pack(path, read_data)
+        return verify_pack(path, read_data, progress)
     from proteus_cache.train.verify import verify_run
 
     return verify_run(path, read_data)

@@ -13,6 +13,7 @@ DEFAULT_CODEC = "int8"
 DEFAULT_SHARD_SIZE = 1024
 DEFAULT_PROBE_IMAGES = 4096
 PROBE_FROM_IMAGES = 16384
+_MOST = {"views": 10_000, "seed": (1 << 63) - 1, "shard_size": 1 << 20, "batch_size": 1 << 20, "workers": 4096}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,9 +57,11 @@ class ExtractConfig:
         for name in (*at_least_one, "workers", "seed", "probe_images"):
             value = getattr(self, name)
             least = int(name in at_least_one)
-            if value is not None and not (isinstance(value, int) and value >= least):
-                flag = name.removesuffix("_px").replace("_", "-")
+            flag = name.removesuffix("_px").replace("_", "-")
+            if value is not None and not (isinstance(value, int) and value is not True and value >= least):
                 raise ConfigError(f"--{flag} must be a whole number of at least {least}, got {value!r}")
+            if value is not None and value > _MOST.get(name, value):
+                raise ConfigError(f"--{flag} must be at most {_MOST[name]:,}, got {value:,}")
         for name in ("teacher", "weights", "codec", "augment", "view_format", "device"):
             value = getattr(self, name)
             if not isinstance(value, str | None):
@@ -67,5 +70,3 @@ class ExtractConfig:
             raise ConfigError(f"--precision must be fp32, fp16 or bf16, got {self.precision!r}")
         if self.targets is not None and len(set(self.targets)) != len(self.targets):
             raise ConfigError(f"--targets names one twice: {','.join(self.targets)}")
-        if self.views is not None and self.views > 10_000:
-            raise ConfigError(f"--views must be at most 10,000, got {self.views}")

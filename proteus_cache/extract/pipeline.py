@@ -9,9 +9,11 @@ holds more than the views and codes of two units, and the batches that its worke
 from __future__ import annotations
 
 import logging
+import math
 import platform
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -85,22 +87,41 @@ class _OpenUnit:
 
 
 class QuarantineLimit:
-    """How many bad images a cache may have: 0.1 % of its images, at least 10."""
+    """How many bad images a cache may have, whichever process found them: 0.1 % of its images, at least 10."""
 
-    def __init__(self, n_images: int, already: set[str]) -> None:
-        self.limit = max(_QUARANTINE_LEAST, int(n_images * _QUARANTINE_SHARE))
-        self._keys = set(already)
+    def __init__(self, cache: Cache) -> None:
+        self.limit = max(_QUARANTINE_LEAST, int(cache.manifest.images.n_images * _QUARANTINE_SHARE))
+        self._cache = cache
+        self._keys: set[str] = set()
+        self._seen: set[tuple[str, int]] = set()
+
+    def look(self) -> None:
+        """Count the bad images of all units that were committed since the last look.
+
+        Raises:
+            ProteusCacheError: as `add`.
+        """
+        for view in self._cache.views():
+            for shard in self._cache.units(view):
+                if (view, shard) not in self._seen:
+                    self._seen.add((view, shard))
+                    receipt = self._cache.receipt(view, shard)
+                    self._count(receipt.quarantined if receipt else [])
 
     def add(self, quarantined: list[Quarantined]) -> None:
-        """Count bad images, each once.
+        """Count and name bad images that this process met, each once.
 
         Raises:
             ProteusCacheError: there are more than the limit.
         """
         for image in quarantined:
             if image.key not in self._keys:
-                self._keys.add(image.key)
                 logger.warning("quarantined path=%s reason=%s", image.path, image.reason)
+        self._count(quarantined)
+
+    def _count(self, quarantined: list[Quarantined]) -> None:
+        for image in quarantined:
+            self._keys.add(image.key)
             if len(self._keys) > self.limit:
                 raise ProteusCacheError(
                     f"{len(self._keys)} images cannot be used, more than the {self.limit} that are let pass; the last: "
@@ -140,16 +161,16 @@ def extract_units(
     if not units:
         return 0
     pipeline = _Pipeline(planned, units, device, precision, progress)
-    jobs = _jobs(planned.cache, units, batch_size)
     rendered = render_jobs(
-        jobs,
+        _jobs(planned.cache, units, batch_size),
         planned.image_root,
         planned.spec,
         workers=workers,
         batch_size=batch_size,
         pin=device.type == "cuda" and workers > 0,
     )
-    return pipeline.run(rendered)
+    with closing(rendered):  # ends its workers, however this ends
+        return pipeline.run(rendered)
 
 
 def _jobs(cache: Cache, units: list[tuple[str, int]], batch_size: int) -> Iterator[Job]:
@@ -193,7 +214,8 @@ class _Pipeline:
         self.zarr = {
             view: publish_arrays(self.cache.layout, self.manifest, view) for view in dict.fromkeys(v for v, _ in units)
         }
-        self.quarantine = QuarantineLimit(self.manifest.images.n_images, _quarantined_keys(self.cache))
+        self.quarantine = QuarantineLimit(self.cache)
+        self.quarantine.look()
         self.views_all = sum(len(self.cache.rows(*unit)) for unit in units)
         self.views_done = self.bytes_written = self.committed = 0
         rows = max(len(self.cache.rows(*unit)) for unit in units)
@@ -209,23 +231,32 @@ class _Pipeline:
 
     def run(self, rendered: Iterator[Rendered]) -> int:
         """Take batches in order until there are none, then wait for the last commits."""
+        writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="commit")
+        try:
+            self._run(rendered, writer)
+        except KeyboardInterrupt:
+            writer.shutdown(wait=False, cancel_futures=True)  # the commit that is under way ends, none is begun
+            raise
+        finally:
+            writer.shutdown()
+        return self.committed
+
+    def _run(self, rendered: Iterator[Rendered], writer: ThreadPoolExecutor) -> None:
         unit: _OpenUnit | None = None
         buffers: dict[str, Tensor] = {}
-        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="commit") as writer:
-            for batch in rendered:
-                if unit is None:
-                    buffers = self._take_buffers(writer)
-                    unit = self._open(batch.job, buffers)
-                self._fill(unit, batch)
-                if batch.job.is_last:
-                    self._submit(unit, buffers, writer)
-                    unit = None
-                self._reap(writer, wait=False)
-                self.progress(Progress(self.views_done, self.views_all, self.bytes_written, self.committed))
-            while self.writing:
-                self._reap(writer, wait=True)
-                self.progress(Progress(self.views_done, self.views_all, self.bytes_written, self.committed))
-        return self.committed
+        for batch in rendered:
+            if unit is None:
+                buffers = self._take_buffers(writer)
+                unit = self._open(batch.job, buffers)
+            self._fill(unit, batch)
+            if batch.job.is_last:
+                self._submit(unit, buffers, writer)
+                unit = None
+            self._reap(writer, wait=False)
+            self.progress(Progress(self.views_done, self.views_all, self.bytes_written, self.committed))
+        while self.writing:
+            self._reap(writer, wait=True)
+            self.progress(Progress(self.views_done, self.views_all, self.bytes_written, self.committed))
 
     def _take_buffers(self, writer: ThreadPoolExecutor) -> dict[str, Tensor]:
         while not self.free_buffers:
@@ -268,7 +299,7 @@ class _Pipeline:
     def _submit(self, unit: _OpenUnit, buffers: dict[str, Tensor], writer: ThreadPoolExecutor) -> None:
         if self.device.type == "cuda":
             unit.done = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-            unit.done.record()
+            unit.done.record(torch.cuda.current_stream(self.device))
         self.writing.append((unit, buffers, writer.submit(self._commit, unit)))
 
     def _reap(self, writer: ThreadPoolExecutor, wait: bool) -> None:
@@ -282,6 +313,7 @@ class _Pipeline:
             else:
                 self.committed += 1
                 self.free_buffers.append(buffers)
+                self.quarantine.look()
             wait = False
 
     def _commit(self, unit: _OpenUnit) -> Unit | None:
@@ -312,7 +344,7 @@ class _Pipeline:
         for target in self.manifest.targets:
             limit = float("inf") if target.codec.name == "float32" else _FLOAT16_MAX
             values = moments[target.name]
-            if not (values.absmax <= limit and values.absmax != float("inf") and values.mean == values.mean):
+            if not (values.absmax <= limit and math.isfinite(values.mean) and math.isfinite(values.mean_square)):
                 return False
         return True
 
@@ -343,15 +375,6 @@ def _runs(rows: list[int]) -> Iterator[tuple[int, int, int]]:
         if position == len(rows) or rows[position] != rows[position - 1] + 1:
             yield start, position, rows[start]
             start = position
-
-
-def _quarantined_keys(cache: Cache) -> set[str]:
-    keys: set[str] = set()
-    for view in cache.views():
-        for shard in cache.units(view):
-            receipt = cache.receipt(view, shard)
-            keys |= {image.key for image in receipt.quarantined} if receipt else set()
-    return keys
 
 
 def _made_with(device: torch.device) -> dict[str, str]:

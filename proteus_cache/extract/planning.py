@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import io
 import logging
+import os
 import platform
 import time
 from collections.abc import Callable
@@ -31,17 +32,19 @@ from proteus_cache.cache.layout import CacheLayout
 from proteus_cache.cache.manifest import ImagesRecord, Manifest, TargetRecord, TeacherRecord, ViewsRecord
 from proteus_cache.cache.reader import Cache, is_cache, open_cache
 from proteus_cache.codecs.codec import Codec, codec_for_target, load_codec, make_dense_or_fit
-from proteus_cache.devices import best_device
-from proteus_cache.errors import BadImageError, FormatError, ProteusCacheError, UsageError
+from proteus_cache.devices import use_device
+from proteus_cache.errors import BadImageError, FormatError, ProteusCacheError, StorageError, UsageError
 from proteus_cache.extract.config import (
     DEFAULT_CODEC,
     DEFAULT_PROBE_IMAGES,
     DEFAULT_SHARD_SIZE,
     DEFAULT_TARGETS,
+    DEFAULT_VIEWS,
     PROBE_FROM_IMAGES,
     ExtractConfig,
 )
 from proteus_cache.images import draw_order, list_images
+from proteus_cache.plan import ExtractPlan
 from proteus_cache.teachers.registry import load_teacher
 from proteus_cache.teachers.teacher import Precision, Teacher
 from proteus_cache.views.make import make_view
@@ -96,16 +99,26 @@ def plan_cache(
     Raises:
         UsageError: the folder holds something else or a cache with other settings, or a setting cannot be had.
         WeightsError: the teacher's weights cannot be had, or are not those of the cache.
+        SpaceError: a new cache would not fit; nothing was published.
         ProteusCacheError: no image can be read, or the teacher's outputs are not finite.
     """
     layout = CacheLayout(config.out)
     existing = _existing(layout)
+    if existing is not None:
+        _check_settings(config, existing)  # before weights are downloaded that it could not use
     teacher = _load_teacher(config, existing, download_progress)
-    image_root = config.images if config.images.is_dir() else config.images.parent
-    calibration = _publish_plan(config, layout, teacher) if existing is None else None
+    image_root = config.images if os.path.isdir(config.images) else config.images.parent
+    calibration = None
+    if existing is None:
+        try:
+            calibration = _publish_plan(config, layout, teacher)
+        except StorageError:
+            if not is_cache(layout.root):  # else another process made the whole cache meanwhile and emptied tmp/
+                raise
     _finish_plan(layout)
     cache = open_cache(layout.root)
-    _check_settings(config, cache.manifest, teacher)
+    _check_settings(config, cache.manifest)
+    _check_weights(config, cache.manifest, teacher)
     _check_image_root(cache, image_root, config.images)
     codecs = {
         target.name: load_codec(target.codec, tuple(target.shape), cache.parameters_blob(target))
@@ -125,13 +138,15 @@ def plan_cache(
 
 def _existing(layout: CacheLayout) -> Manifest | None:
     """The manifest that is there, or None for a folder that a cache may be made in."""
-    if not layout.root.exists():
+    if not os.path.lexists(layout.root):
         return None
-    if not layout.root.is_dir():
+    if not os.path.isdir(layout.root):
         raise UsageError(f"{layout.root}: is a file; give --out another name")
     if is_cache(layout.root):
         return open_cache(layout.root).manifest
     foreign = [name for name in storage.list_folder(layout.root) if name not in ("tmp", "codec")]
+    if is_cache(layout.root):  # another process published it in this moment
+        return open_cache(layout.root).manifest
     if foreign:
         raise UsageError(
             f"{layout.root}: holds something that is not a cache ({foreign[0]!r}); give --out another folder, "
@@ -171,7 +186,7 @@ def _publish_plan(config: ExtractConfig, layout: CacheLayout, teacher: Teacher) 
         mean=teacher.identity.mean,
         std=teacher.identity.std,
     )
-    root = config.images if config.images.is_dir() else config.images.parent
+    root = config.images if os.path.isdir(config.images) else config.images.parent
     calibration = _calibrate(config, teacher, spec, root, table, target_names)
     codecs = {
         name: make_dense_or_fit(codec_names[name], teacher.target_shape(name), calibration.tokens[name])
@@ -183,8 +198,6 @@ def _publish_plan(config: ExtractConfig, layout: CacheLayout, teacher: Teacher) 
         blob = fitted.parameters_blob()
         if blob is not None:
             plan_files[f"{hashlib.sha256(blob).hexdigest()}.safetensors"] = blob
-    for name, data in plan_files.items():
-        _place_plan_file(layout, name, data)
     shard_size = config.shard_size or DEFAULT_SHARD_SIZE
     manifest = Manifest(
         teacher=_teacher_record(teacher, calibration.precision),
@@ -207,7 +220,10 @@ def _publish_plan(config: ExtractConfig, layout: CacheLayout, teacher: Teacher) 
             "images": "as granted to whoever extracts; views show them and may not be shared further than they may",
         },
     )
-    temp, _ = storage.write_durable(layout.temporary, "manifest.json", lambda: manifest.sealed())
+    _check_space(config, manifest, calibration)
+    for name, data in plan_files.items():
+        _place_plan_file(layout, name, data)
+    temp, _ = storage.write_durable(layout.temporary, "manifest.json", manifest.sealed)
     won = storage.publish_once(temp, layout.manifest)
     logger.info(
         "planned cache=%s images=%d seconds=%.1f%s",
@@ -217,6 +233,59 @@ def _publish_plan(config: ExtractConfig, layout: CacheLayout, teacher: Teacher) 
         "" if won else " (another process published first)",
     )
     return calibration
+
+
+def _check_space(config: ExtractConfig, manifest: Manifest, calibration: Calibration) -> None:
+    n_views = config.views or DEFAULT_VIEWS
+    size_plan(
+        manifest,
+        config.out,
+        n_views=n_views,
+        units_todo=n_views * manifest.n_shards + manifest.n_probe_shards,
+        views_todo=n_views * manifest.images.n_images + manifest.images.n_probe,
+        view_bytes=calibration.view_bytes,
+        views_per_s=calibration.views_per_s,
+        processes=1,
+        is_published=False,
+    ).check()
+
+
+def size_plan(
+    manifest: Manifest,
+    out: Path,
+    *,
+    n_views: int,
+    units_todo: int,
+    views_todo: int,
+    view_bytes: float,
+    views_per_s: float | None,
+    processes: int,
+    is_published: bool,
+) -> ExtractPlan:
+    """What is left to write of `n_views` view indices and the probe, and the space there is for it."""
+    free = storage.free_space(out)
+    return ExtractPlan(
+        out=out,
+        teacher=manifest.teacher.name,
+        weights=manifest.teacher.weights_source,
+        n_images=manifest.images.n_images,
+        n_views=n_views,
+        n_probe=manifest.images.n_probe,
+        n_held_out=len(manifest.images.held_out),
+        n_shards=manifest.n_shards,
+        targets={target.name: (tuple(target.shape), target.codec.name) for target in manifest.targets},
+        code_bytes=manifest.bytes_per_view,
+        view_bytes=view_bytes,
+        units_todo=units_todo,
+        units_all=n_views * manifest.n_shards + manifest.n_probe_shards,
+        views_todo=views_todo,
+        files_per_unit=2 + len(manifest.targets),
+        free_bytes=free.bytes,
+        free_inodes=free.inodes,
+        views_per_s=views_per_s,
+        processes=processes,
+        is_published=is_published,
+    )
 
 
 def _image_table(config: ExtractConfig) -> tuple[pa.Table, tuple[str, ...] | None]:
@@ -259,9 +328,29 @@ def _calibrate(
     table: pa.Table,
     names: tuple[str, ...],
 ) -> Calibration:
-    """Run the teacher over the first views: their size, its speed and precision, and tokens to fit codecs to."""
-    device = best_device(config.device)
+    """Run the teacher over the first views: their size, its speed and precision, and tokens to fit codecs to.
+
+    The teacher is on the CPU afterwards: the process that only plans, and then starts others, holds no GPU memory.
+    """
+    device = use_device(config.device)
     pixels, view_bytes = _first_views(root, table, spec)
+    try:
+        return _first_usable(config, teacher, pixels, view_bytes, names, device)
+    finally:
+        teacher.to("cpu", "fp32")
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _first_usable(
+    config: ExtractConfig,
+    teacher: Teacher,
+    pixels: Tensor,
+    view_bytes: float,
+    names: tuple[str, ...],
+    device: torch.device,
+) -> Calibration:
+    """The calibration in the first precision that gives finite outputs."""
     for precision in _precisions(config, device):
         teacher.to(device, precision)
         tokens, views_per_s = _timed_targets(teacher, pixels, names)
@@ -346,14 +435,23 @@ def _finish_plan(layout: CacheLayout) -> None:
     storage.make_folder(layout.temporary)
 
 
-def _check_settings(config: ExtractConfig, manifest: Manifest, teacher: Teacher) -> None:
+def _check_weights(config: ExtractConfig, manifest: Manifest, teacher: Teacher) -> None:
+    found, wanted = manifest.teacher.weights_sha256, teacher.identity.weights_sha256
+    if found != wanted:
+        raise UsageError(
+            f"{config.out}: this cache was made with other settings: --weights is {manifest.teacher.weights_source} "
+            f"({found[:12]}) there and {teacher.identity.weights_source} ({wanted[:12]}) here; give the same weights "
+            "to continue it, or give --out another folder"
+        )
+
+
+def _check_settings(config: ExtractConfig, manifest: Manifest) -> None:
     """Refuse to continue a cache with settings that it was not made with, naming the first that differs."""
     codecs = {target.name: target.codec.name for target in manifest.targets}
     asked_codecs = {name: codec_for_target(config.codec, name) for name in codecs} if config.codec else None
     asked: list[tuple[str, Any, Any]] = [
         ("--teacher", config.teacher, manifest.teacher.name),
         ("--size", config.size_px, manifest.views.size_px),
-        ("--weights", teacher.identity.weights_sha256, manifest.teacher.weights_sha256),
         ("--targets", list(config.targets) if config.targets else None, list(codecs)),
         ("--codec", asked_codecs, codecs),
         ("--augment", config.augment, manifest.views.augment),
@@ -382,13 +480,13 @@ def _short(value: Any) -> str:
         return ", ".join(f"{name} {codec}" for name, codec in value.items())
     if isinstance(value, list):
         return ",".join(map(str, value))
-    return f"{value[:12]}... (digest)" if isinstance(value, str) and len(value) == 64 else str(value)
+    return str(value)
 
 
 def _check_image_root(cache: Cache, root: Path, source: Path) -> None:
     """The folder given must hold at least one of the cache's first images."""
     first = cache.image_table["path"].slice(0, 16).to_pylist()
-    if not any((root / path).is_file() for path in first):
+    if not any(os.path.isfile(root / path) for path in first):
         raise UsageError(
             f"{source}: holds none of this cache's images (for example {first[0]}); give the folder that does"
         )

@@ -6,13 +6,14 @@ entry; an I/O error is never one: it ends the run, naming the file.
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import shutil
 import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
+from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,8 +22,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from proteus_cache.cache.receipt import Quarantined
 from proteus_cache.cache.writer import StoredView
-from proteus_cache.errors import BadImageError
-from proteus_cache.processes import follow_parent
+from proteus_cache.errors import BadImageError, ProteusCacheError
+from proteus_cache.processes import follow_parent, start_fork_server
 from proteus_cache.views.make import make_view
 from proteus_cache.views.spec import ViewSpec
 
@@ -59,7 +60,7 @@ class Rendered:
         return self
 
 
-class RenderDataset(Dataset[Rendered]):
+class RenderDataset(Dataset[Rendered | ProteusCacheError]):
     """Map-style by job: the sampler hands out jobs instead of numbers."""
 
     def __init__(self, root: Path, spec: ViewSpec, share_memory: bool) -> None:
@@ -67,7 +68,14 @@ class RenderDataset(Dataset[Rendered]):
         self.spec = spec
         self.share_memory = share_memory
 
-    def __getitem__(self, job: Job) -> Rendered:
+    def __getitem__(self, job: Job) -> Rendered | ProteusCacheError:
+        """The views of one job, or the error that ends the run: raised here, torch would bury it in a stack trace."""
+        try:
+            return self._render(job)
+        except ProteusCacheError as error:
+            return error
+
+    def _render(self, job: Job) -> Rendered:
         views: list[StoredView] = []
         quarantined: list[Quarantined] = []
         side = self.spec.size_px
@@ -87,7 +95,7 @@ class RenderDataset(Dataset[Rendered]):
 
 def render_jobs(
     jobs: Iterable[Job], root: Path, spec: ViewSpec, *, workers: int, batch_size: int, pin: bool
-) -> Iterator[Rendered]:
+) -> Generator[Rendered]:
     """Render jobs in order, in `workers` processes ahead of the consumer (0: here, on demand).
 
     Args:
@@ -100,15 +108,23 @@ def render_jobs(
 
     Raises:
         StorageError: an image file cannot be read.
+        ProteusCacheError: a worker was killed.
     """
     share_memory = _shared_memory_suffices(workers * _PREFETCH * batch_size * spec.size_px**2 * 3)
     dataset = RenderDataset(root, spec, share_memory)
-    if workers == 0:
-        yield from map(dataset.__getitem__, jobs)
-        return
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    loader: DataLoader[Rendered] = DataLoader(
+    rendered = map(dataset.__getitem__, jobs) if workers == 0 else _in_workers(dataset, jobs, workers, pin)
+    for batch in rendered:
+        if isinstance(batch, ProteusCacheError):
+            raise batch
+        yield batch
+
+
+def _in_workers(
+    dataset: RenderDataset, jobs: Iterable[Job], workers: int, pin: bool
+) -> Iterator[Rendered | ProteusCacheError]:
+    start_fork_server([__name__, "proteus_cache.extract.fork_server"])
+    context = _WorkerContext()
+    loader: DataLoader[Rendered | ProteusCacheError] = DataLoader(
         dataset,
         batch_size=None,
         sampler=jobs,  # any iterable of jobs serves
@@ -119,7 +135,36 @@ def render_jobs(
         collate_fn=_keep,  # type: ignore[arg-type]  # without batching it gets one item, not a list
         pin_memory=pin,
     )
-    yield from loader
+    batches: Iterator[Rendered | ProteusCacheError] | None = None
+    try:
+        batches = iter(loader)
+        yield from batches
+    except RuntimeError as error:
+        if "exited unexpectedly" not in str(error) and "killed by signal" not in str(error):
+            raise
+        raise ProteusCacheError(
+            "a rendering process was ended from outside (killed, or out of memory); run the same command again, with "
+            "fewer --workers if memory is short; finished units are kept"
+        ) from error
+    finally:
+        # Workers hold nothing that matters. torch would wait for each to finish its batches, or to be born.
+        for worker in context.workers:
+            if worker.pid is not None:
+                worker.kill()
+        del batches
+
+
+class _WorkerContext(ForkServerContext):
+    """The start method "forkserver", remembering what it started."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.workers: list[ForkServerProcess] = []
+
+    def Process(self, *args: Any, **kwargs: Any) -> ForkServerProcess:  # type: ignore[override]  # a class there
+        worker = ForkServerProcess(*args, **kwargs)
+        self.workers.append(worker)
+        return worker
 
 
 def default_workers(cores: int, processes: int) -> int:
@@ -133,7 +178,7 @@ def _start_worker(_: int) -> None:
     torch.set_num_threads(1)
 
 
-def _keep(rendered: Rendered) -> Rendered:
+def _keep(rendered: Rendered | ProteusCacheError) -> Rendered | ProteusCacheError:
     return rendered
 
 

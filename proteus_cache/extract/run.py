@@ -14,10 +14,10 @@ import torch
 from proteus_cache import storage
 from proteus_cache.cache.layout import PROBE, view_name
 from proteus_cache.cache.reader import Cache
-from proteus_cache.devices import best_device
+from proteus_cache.devices import use_device
 from proteus_cache.extract.config import DEFAULT_VIEWS, ExtractConfig
 from proteus_cache.extract.pipeline import Progress, extract_units, units_to_do
-from proteus_cache.extract.planning import PlannedCache
+from proteus_cache.extract.planning import PlannedCache, size_plan
 from proteus_cache.extract.rendering import default_workers
 from proteus_cache.plan import ExtractPlan
 from proteus_cache.processes import Worker, usable_cores
@@ -57,27 +57,16 @@ def describe_plan(config: ExtractConfig, planned: PlannedCache, processes: int) 
     manifest = cache.manifest
     views = wanted_views(config, cache)
     todo = units_to_do(cache, views)
-    free = storage.free_space(cache.path)
-    return ExtractPlan(
-        out=cache.path,
-        teacher=manifest.teacher.name,
-        weights=manifest.teacher.weights_source,
-        n_images=manifest.images.n_images,
+    return size_plan(
+        manifest,
+        cache.path,
         n_views=len([view for view in views if view != PROBE]),
-        n_probe=manifest.images.n_probe,
-        n_held_out=len(manifest.images.held_out),
-        n_shards=manifest.n_shards,
-        targets={target.name: (tuple(target.shape), target.codec.name) for target in manifest.targets},
-        code_bytes=manifest.bytes_per_view,
-        view_bytes=planned.view_bytes or _stored_view_bytes(cache) or _TYPICAL_VIEW_BYTES,
         units_todo=len(todo),
-        units_all=sum(manifest.n_probe_shards if view == PROBE else manifest.n_shards for view in views),
         views_todo=sum(len(cache.rows(*unit)) for unit in todo),
-        files_per_unit=2 + len(manifest.targets),
-        free_bytes=free.bytes,
-        free_inodes=free.inodes,
+        view_bytes=planned.view_bytes or _stored_view_bytes(cache) or _TYPICAL_VIEW_BYTES,
         views_per_s=planned.views_per_s,
         processes=processes,
+        is_published=True,
     )
 
 
@@ -105,7 +94,7 @@ def extract(
     started = time.monotonic()
     cache = planned.cache
     views = wanted_views(config, cache)
-    device = best_device(config.device)
+    device = use_device(config.device)
     todo = [unit for unit in units_to_do(cache, views) if _number(cache, unit) % worker.count == worker.index]
     cores = usable_cores()
     committed = extract_units(

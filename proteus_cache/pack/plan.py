@@ -162,6 +162,7 @@ def plan_pack(
         UsageError: the cache lacks what is asked for, `out` holds something else, or a move would lose data.
     """
     opened, root = open_cache(cache), Path(out).absolute()
+    _check_place(opened, root)
     wanted = _wanted_codecs(opened, targets, codec)
     if move and wanted != {target.name: target.codec.name for target in opened.manifest.targets}:
         raise UsageError(
@@ -239,6 +240,14 @@ def _fresh(cache: Cache, views: list[str], recodings: list[Recoding]) -> PlanDoc
 
 def _receipt_digest(cache: Cache, view: str, shard: int) -> str:
     return digest_of(storage.read_bytes(cache.layout.receipt(view, shard), MAX_DOCUMENT_BYTES))
+
+
+def _check_place(cache: Cache, out: Path) -> None:
+    """Refuse a place where no pack can be."""
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"{out}: is a file; give --out a new or empty folder")
+    if out.resolve().is_relative_to(cache.path.resolve()):
+        raise UsageError(f"{out}: is inside the cache; give --out a folder of its own")
 
 
 def _finished_pack(out: Path) -> PackDocument | None:

@@ -9,10 +9,12 @@ from typing import Any
 from proteus_cache import storage
 from proteus_cache.cache.layout import PROBE, views_tar
 from proteus_cache.cache.manifest import TeacherRecord, ViewsRecord
-from proteus_cache.cache.reader import Cache, is_cache, open_cache
+from proteus_cache.cache.reader import Cache, combine_view_ids, is_cache, open_cache
 from proteus_cache.cache.writer import rows_of_view
-from proteus_cache.errors import UsageError
+from proteus_cache.errors import FormatError, UsageError
 from proteus_cache.plan import human_bytes
+
+_TRAIN_AGAIN = "run the same training with --resume: it writes the file anew"
 
 
 def kind_of(path: Path) -> str:
@@ -22,7 +24,8 @@ def kind_of(path: Path) -> str:
         UsageError: `path` is none of them.
     """
     if not path.is_dir():
-        raise UsageError(f"{path}: no such folder")
+        what = "is a file" if path.exists() else "no such folder"
+        raise UsageError(f"{path}: {what}; give the folder that extract, pack or train wrote")
     if is_cache(path):
         return "cache"
     if (path / "pack.json").is_file():
@@ -60,6 +63,7 @@ def summarise_cache(path: Path) -> dict[str, Any]:
         }
         for view, found in receipts.items()
     }
+    view_ids = [entry["view_id"] for view, entry in views.items() if view != PROBE and entry["view_id"]]
     stored = sum(entry["views"] for view, entry in views.items() if view != PROBE)
     quarantined = {
         image.key for found in receipts.values() for receipt in found if receipt for image in receipt.quarantined
@@ -68,7 +72,7 @@ def summarise_cache(path: Path) -> dict[str, Any]:
         "kind": "cache",
         "path": str(path),
         "manifest": cache.manifest_digest,
-        "cache_id": cache.cache_id() if cache.complete_views() else None,
+        "cache_id": combine_view_ids(view_ids) if view_ids else None,
         "teacher": manifest.teacher.model_dump(),
         "images": manifest.images.model_dump(exclude={"classes"})
         | {"n_classes": len(manifest.images.classes or []) or None},
@@ -140,10 +144,12 @@ def summarise_pack(path: Path) -> dict[str, Any]:
 
 
 def summarise_run(path: Path) -> dict[str, Any]:
-    """The facts of a training run."""
-    import yaml
+    """The facts of a training run.
 
-    config = yaml.safe_load(storage.read_bytes(path / "config.yaml", 1 << 20))
+    Raises:
+        FormatError: its config.yaml is not what train writes.
+    """
+    config = _run_config(path / "config.yaml")
     checkpoints = [name for name in storage.list_folder(path / "checkpoints") if name.startswith("step-")]
     return {
         "kind": "run",
@@ -159,15 +165,34 @@ def summarise_run(path: Path) -> dict[str, Any]:
     }
 
 
+def _run_config(path: Path) -> dict[str, Any]:
+    import yaml
+
+    try:
+        config = yaml.safe_load(storage.read_bytes(path, 1 << 20))
+    except yaml.YAMLError as error:
+        raise FormatError(f"{path}: not valid YAML ({' '.join(str(error).split())}); {_TRAIN_AGAIN}") from error
+    if not isinstance(config, dict) or not isinstance(config.get("train"), dict):
+        raise FormatError(f"{path}: has no section `train:`, so this is no run; {_TRAIN_AGAIN}")
+    return config
+
+
 def _last_step(metrics: Path) -> dict[str, Any] | None:
-    """The last complete line of metrics.jsonl."""
+    """The last complete line of metrics.jsonl.
+
+    Raises:
+        FormatError: it is not a line that train writes.
+    """
     size = storage.size_of(metrics)
     if not size:
         return None
     with open(metrics, "rb") as file:
         file.seek(max(0, size - 65536))
         lines = [line for line in file.read().split(b"\n")[:-1] if line.startswith(b"{")]
-    return dict(json.loads(lines[-1])) if lines else None
+    try:
+        return dict(json.loads(lines[-1])) if lines else None
+    except ValueError as error:
+        raise FormatError(f"{metrics}: its last line is damaged; {_TRAIN_AGAIN}") from error
 
 
 def describe(summary: dict[str, Any]) -> list[str]:
@@ -221,7 +246,7 @@ def _describe_source(summary: dict[str, Any]) -> list[str]:
 
 
 def _describe_run(summary: dict[str, Any]) -> list[str]:
-    train = (summary["config"] or {}).get("train", {})
+    train = summary["config"]["train"]
     last = summary["last_step"]
     lines = [
         f"run       {summary['path']}",

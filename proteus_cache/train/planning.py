@@ -122,8 +122,8 @@ def check_space(config: TrainConfig, plan: TrainPlan) -> None:
         else "free space there, or choose an --out on another disk"
     )
     raise SpaceError(
-        f"{config.out}: the run needs {plan.bytes_to_write / 1e9:.2f} GB (results, {config.keep_checkpoints} "
-        f"checkpoints, one more while it is written), and {plan.free_bytes / 1e9:.2f} GB are free; {remedy}"
+        f"{config.out}: the run needs {human_bytes(plan.bytes_to_write)} (results, {config.keep_checkpoints} "
+        f"checkpoints, one more while it is written), and {human_bytes(plan.free_bytes)} are free; {remedy}"
     )
 
 

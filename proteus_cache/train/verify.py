@@ -26,12 +26,17 @@ def verify_run(path: Path, read_data: bool) -> list[Finding]:
             verify_checkpoint(folder, digests=read_data)
         except ProteusCacheError as error:
             remedy = "remove that folder; --resume falls back to the checkpoint before it"
-            findings.append(Finding(f"{CHECKPOINTS}/{folder.name}", None, str(error), remedy))
+            findings.append(Finding(f"{CHECKPOINTS}/{folder.name}", None, _without(error, path), remedy))
     for name in (STUDENT, HEADS, EMA):
         if storage.size_of(path / name) is not None and read_data:
             try:
                 read_tensors(path / name)
             except ProteusCacheError as error:
                 remedy = "run the same training with --resume: it writes the final weights anew"
-                findings.append(Finding(name, None, str(error), remedy))
+                findings.append(Finding(name, None, _without(error, path), remedy))
     return findings
+
+
+def _without(error: ProteusCacheError, path: Path) -> str:
+    """The message without the run's own path, which the finding names already."""
+    return str(error).replace(f"{path}/", "")

@@ -17,6 +17,7 @@ from proteus_cache.cache.reader import Cache
 from proteus_cache.cache.verify import verify_cache
 from proteus_cache.codecs import load_codec
 from proteus_cache.errors import ChecksumError, DamageError, FormatError, UsageError
+from proteus_cache.report.summary import describe, summarise_cache
 from proteus_cache.views.encode import digest_pixels
 from tests.makers import N_PATCHES, WIDTH, make_cache, make_config, run_extract
 
@@ -182,6 +183,16 @@ def test_identities_depend_on_every_receipt(cache: Cache, finished: Cache, tmp_p
     assert cache.cache_id() != finished.cache_id()
     with pytest.raises(UsageError, match="v000/2 is not extracted yet"):
         cache.view_id("v000")
+
+
+def test_a_probe_alone_is_no_identity(cache: Cache) -> None:
+    for view in ("v000", "v001"):
+        CacheLayout(cache.path).receipt(view, 0).unlink()
+
+    summary = summarise_cache(cache.path)
+
+    assert (summary["cache_id"], summary["probe"]["units"], summary["is_complete"]) == (None, 1, False)
+    assert "none yet: no view index is complete" in describe(summary)[1]
 
 
 def test_what_is_not_a_cache_is_said(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from zarr.storage import LocalStore
 
 from proteus_cache.cache.manifest import TargetRecord
-from proteus_cache.cache.zarr_arrays import array_metadata, check_array_metadata, read_shard, shard_buffers
+from proteus_cache.cache.zarr_arrays import array_metadata, check_metadata, read_shard, shard_buffers
 from proteus_cache.codecs.record import CodecRecord
 from proteus_cache.errors import DamageError, FormatError
 
@@ -117,7 +117,7 @@ def test_metadata_of_another_array_are_refused() -> None:
     target = _target("uint8")
     metadata = array_metadata(target, _N_ROWS, _SHARD_SIZE)
 
-    check_array_metadata(target, _N_ROWS, _SHARD_SIZE, metadata, "zarr.json")
+    check_metadata(metadata, array_metadata(target, _N_ROWS, _SHARD_SIZE), "zarr.json")
     for other, reason in (
         (array_metadata(target, _N_ROWS + 1, _SHARD_SIZE), "shape"),
         (array_metadata(target, _N_ROWS, 4), "chunk_grid"),
@@ -127,4 +127,4 @@ def test_metadata_of_another_array_are_refused() -> None:
         (b"[]", "differs"),
     ):
         with pytest.raises(FormatError, match=reason):
-            check_array_metadata(target, _N_ROWS, _SHARD_SIZE, other, "zarr.json")
+            check_metadata(other, array_metadata(target, _N_ROWS, _SHARD_SIZE), "zarr.json")

@@ -1,6 +1,7 @@
 """The command line as a user meets it: results, exit codes, one line for every mistake."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -94,8 +95,6 @@ def test_verify_passes_what_is_whole(folder: Path, name: str, flags: list[str]) 
 
 
 def test_verify_ends_with_1_and_names_the_file(folder: Path, tmp_path: Path) -> None:
-    import shutil
-
     shutil.copytree(folder / "cache", tmp_path / "cache")
     (tmp_path / "cache" / "views" / "v001" / "s00002.tar").write_bytes(b"")
 
@@ -128,6 +127,7 @@ def test_train_takes_the_only_cache_in_home_and_packs_it(
 
     assert "packing" in first.stderr
     assert "packing" not in second.stderr
+    assert "resumes   after step 1" in second.stderr
     assert "step 2" in second.stdout
     assert (tmp_path / "runs" / "vit_ti14" / "student.safetensors").is_file()
     assert [path.name for path in (tmp_path / "packs").iterdir()] == [
@@ -194,6 +194,23 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["info", "{images}"], "no cache"),
     (["verify", "{tmp}/none"], "no such folder"),
     (["fetch", "resnet50"], "resnet50"),
+    (["extrct"], "'extract'"),
+    (["extract", "--teachr", "vit"], "--teacher.*see proteus-cache extract --help"),
+    (["extract", "--views", "two"], "--views"),
+    (["extract", "--views"], "--views"),
+    (["extract", "--teacher", "vit", "--weights", "{weights}", "--images", "{images}", "--targets", ""], "--targets"),
+    (["extract", "--config", "{images}"], "cannot read the config"),
+    (["pack"], "cache"),
+    (["pack", "{cache}", "--out", "{tmp}/p", "--views", "0"], "--views must be from 1"),
+    (["pack", "{cache}", "--out", "{tmp}/p", "--targets", ","], "--targets names nothing"),
+    (["pack", "{cache}", "--out", "{tmp}/p", "--workers", "0"], "--workers"),
+    (["train", "--student", "vit_ti14", "--data", "{weights}"], "is a file"),
+    (
+        ["train", "--student", "vit_ti14", "--data", "{pack}", "--batch-size", "2", "--device", "cpu", "--gpus", "3"],
+        "batch of 2 cannot be shared by 3",
+    ),
+    (["info", "{weights}"], "is a file"),
+    (["info", "{pack}", "{cache}"], "unexpected extra argument"),
 ]
 
 
@@ -212,6 +229,73 @@ def test_a_mistake_is_one_line_and_exit_2(folder: Path, tmp_path: Path, argument
     assert len(lines) == 1
     assert re.search(message, lines[0])
     assert outcome.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("command", "text", "message"),
+    [
+        ("extract", "teacher: vit\nimages: 5\n", "--images must be a path, got 5"),
+        ("extract", "teacher: vit\ntargets: 5\n", "--targets must be a list of names, got 5"),
+        ("extract", "teacher: vit\ngpus: many\n", "--gpus must be a whole number"),
+        ("extract", "# nothing but a comment\n", "no teacher"),
+        ("train", "train: 5\n", "`train:` must hold"),
+        ("train", "train:\n  student: vit_ti14\nepochs: 3\n", "'epochs' stands beside the section"),
+        ("train", "student: vit_ti14\ndata: 5\n", "--data must be a path, got 5"),
+        ("train", "student: vit_ti14\nema_dcay: 0.9\n", "did you mean ema_decay"),
+    ],
+)
+def test_a_mistake_in_a_config_file_is_one_line_and_exit_2(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, text: str, message: str
+) -> None:
+    monkeypatch.setenv("PROTEUS_IMAGES", str(folder / "images"))
+    (tmp_path / "settings.yaml").write_text(text)
+
+    outcome = run(command, "--config", tmp_path / "settings.yaml", code=2)
+
+    assert outcome.stderr.count("\n") == 1
+    assert message in outcome.stderr
+
+
+def test_a_number_of_processes_may_stand_on_the_command_line_and_in_the_config_file(
+    folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "train.yaml").write_text("gpus: 2\nout: [a list]\n")
+
+    run(*train_arguments(folder), "--config", tmp_path / "train.yaml", "--gpus", 1, "--out", tmp_path / "run")
+
+    assert (tmp_path / "run" / "student.safetensors").is_file()
+
+
+def test_train_lists_what_it_could_train_from(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PROTEUS_HOME", str(tmp_path))
+    shutil.copytree(folder / "cache", tmp_path / "caches" / "one")
+    run(*extract_arguments(folder), "--out", tmp_path / "caches" / "two", "--views", 1, "--seed", 3)
+
+    outcome = run("train", "--student", "vit_ti14", code=2)
+
+    assert "caches/one" in outcome.stderr
+    assert "caches/two" in outcome.stderr
+    assert "--data" in outcome.stderr
+
+
+def test_train_takes_the_pack_that_a_cache_was_moved_to(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PROTEUS_HOME", str(tmp_path))
+    shutil.copytree(folder / "cache", tmp_path / "caches" / "vit")
+    run("pack", tmp_path / "caches" / "vit", "--move", "--yes")
+
+    outcome = run("train", "--student", "vit_ti14", "--max-steps", 1, "--batch-size", 8, "--workers", 0, "--json")
+
+    assert json.loads(outcome.stdout)["last"]["step"] == 1
+
+
+def test_a_damaged_config_of_a_run_is_named(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(": [")
+
+    outcome = run("info", tmp_path, code=1)
+
+    assert outcome.stderr.startswith(f"proteus-cache: {tmp_path / 'config.yaml'}: not valid YAML")
 
 
 def test_a_pickle_with_code_as_weights_is_refused_without_running_it(folder: Path, tmp_path: Path) -> None:

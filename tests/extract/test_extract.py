@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from proteus_cache.errors import (
     StorageError,
     UsageError,
 )
-from proteus_cache.extract import pipeline
+from proteus_cache.extract import pipeline, planning
 from proteus_cache.extract.planning import plan_cache
 from proteus_cache.extract.run import describe_plan, extract
 from proteus_cache.processes import Worker
@@ -179,6 +180,111 @@ def test_an_image_that_vanished_is_no_bad_image(tmp_path: Path) -> None:
     assert verify_cache(config.out, read_data=True) == []
 
 
+def test_what_a_worker_meets_is_told_as_here(tmp_path: Path) -> None:
+    config = make_config(tmp_path, n_images=12, workers=2)
+    planned = plan_cache(config)
+    victim = planned.cache.image_table["path"][9].as_py()
+    (tmp_path / "images" / victim).unlink()
+
+    with pytest.raises(StorageError, match=victim) as caught:
+        extract(config, planned, Worker(0, 1), lambda _: None)
+
+    assert "\n" not in str(caught.value)
+
+
+def test_a_killed_worker_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = make_config(tmp_path, n_images=12, workers=1)
+    planned = plan_cache(config)
+    start = ForkServerProcess.start
+
+    def start_and_kill(self: Any) -> None:
+        start(self)
+        self.kill()
+
+    monkeypatch.setattr(ForkServerProcess, "start", start_and_kill)
+
+    with pytest.raises(ProteusCacheError, match="ended from outside .*fewer --workers") as caught:
+        extract(config, planned, Worker(0, 1), lambda _: None)
+
+    assert "\n" not in str(caught.value)
+
+
+def test_the_bad_images_of_all_processes_count_together(tmp_path: Path) -> None:
+    config = make_config(tmp_path, n_images=32, views=1)
+    planned = plan_cache(config)
+    table = planned.cache.image_table
+    for row in range(0, 32, 2):
+        (tmp_path / "images" / table["path"][row].as_py()).write_bytes(b"junk")
+
+    extract(config, planned, Worker(0, 2), lambda _: None)
+    with pytest.raises(ProteusCacheError, match="11 images cannot be used, more than the 10"):
+        extract(config, planned, Worker(1, 2), lambda _: None)
+
+    assert verify_cache(config.out, read_data=True) == []
+
+
+def test_a_new_cache_that_cannot_fit_is_not_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = make_config(tmp_path)
+    monkeypatch.setattr(storage, "free_space", lambda path: storage.Free(15_000, None))
+    with pytest.raises(SpaceError, match=r"15 KB are free; --views 1 --limit \d fits"):
+        run_extract(config)
+    assert not (config.out / "manifest.json").exists()
+
+    done = run_extract(make_config(tmp_path, views=1, limit=2))
+
+    assert done.views == 2
+
+
+def test_settings_are_compared_before_a_teacher_is_loaded(finished: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planning, "load_teacher", lambda *_, **__: pytest.fail("loaded"))
+
+    with pytest.raises(UsageError, match="--teacher is vit there and dinov2_vitg14 here"):
+        run_extract(make_config(finished.path.parent, teacher="dinov2_vitg14", weights=None))
+
+
+@pytest.mark.parametrize("step", ["list_folder", "make_folder", "write_durable", "publish_once"])
+def test_a_start_beside_one_that_is_faster_reads_its_plan(
+    tmp_path: Path, finished: Cache, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    config = make_config(finished.path.parent, out=tmp_path / "cache")
+    real, calls = getattr(storage, step), []
+    (tmp_path / "cache").mkdir()
+
+    def let_the_other_finish(*args: Any) -> Any:
+        calls.append(args)
+        if len(calls) == 1:
+            run_extract(config)
+        return real(*args)
+
+    monkeypatch.setattr(storage, step, let_the_other_finish)
+
+    done = run_extract(config)
+
+    assert (done.units_committed, done.units_left, len(calls) > 1) == (0, 0, True)
+    assert verify_cache(config.out, read_data=True) == []
+    assert list((config.out / "tmp").iterdir()) == []
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_every_code_arrives_and_planning_leaves_no_memory_behind(tmp_path: Path) -> None:
+    config = make_config(tmp_path, n_images=40, device="cuda", workers=2, codec="float32", precision="fp32")
+    (tmp_path / "images/class_0/empty.jpg").write_bytes(b"")
+
+    planned = plan_cache(config)
+    assert torch.cuda.memory_reserved() == 0
+    extract(config, planned, Worker(0, 1), lambda _: None)
+
+    cache = open_cache(config.out)
+    teacher = load_teacher("vit", weights=str(tmp_path / "teacher.safetensors"), home=tmp_path, size_px=None)
+    assert verify_cache(cache.path, read_data=True) == []
+    for index in range(len(cache)):
+        sample = cache[index]
+        expected = teacher.targets(torch.from_numpy(sample.view.copy()).unsqueeze(0), ["cls", "patch"])
+        for name, values in expected.items():
+            # fp32 on two kinds of device: sums in another order
+            np.testing.assert_allclose(sample.targets[name], values[0].numpy(), rtol=0, atol=1e-3)
+
+
 @pytest.mark.parametrize(
     ("change", "field"),
     [
@@ -239,6 +345,9 @@ def test_impossible_settings_are_refused(tmp_path: Path) -> None:
         ({"size_px": 0}, "--size"),
         ({"workers": -1}, "--workers"),
         ({"batch_size": "8"}, "--batch-size"),
+        ({"views": True}, "--views"),
+        ({"seed": 1 << 64}, "--seed"),
+        ({"shard_size": 1 << 30}, "--shard-size must be at most 1,048,576"),
         ({"precision": "int8"}, "--precision"),
         ({"targets": ("cls", "cls")}, "--targets"),
     ):

@@ -14,8 +14,6 @@ from proteus_cache.cache.verify import verify_cache
 from proteus_cache.extract.config import ExtractConfig
 from tests.makers import identity, make_config, run_extract
 
-_KILLS = 20
-
 
 def _extract_in_child(config: ExtractConfig) -> None:
     import torch
@@ -24,8 +22,10 @@ def _extract_in_child(config: ExtractConfig) -> None:
     run_extract(config)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_killed_at_random_moments_the_cache_is_finished_by_one_more_start(tmp_path: Path, workers: int) -> None:
+@pytest.mark.parametrize(("workers", "n_kills"), [(0, 12), (2, 8)])
+def test_killed_at_random_moments_the_cache_is_finished_by_one_more_start(
+    tmp_path: Path, workers: int, n_kills: int
+) -> None:
     undisturbed = make_config(tmp_path, n_images=40, views=3, workers=workers)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.makers"])
@@ -35,7 +35,7 @@ def test_killed_at_random_moments_the_cache_is_finished_by_one_more_start(tmp_pa
     rng = random.Random(5)
     committed: list[set[str]] = []
 
-    for _ in range(_KILLS):
+    for _ in range(n_kills):
         _run_for(context, config, rng.uniform(0, seconds / 4))
         if (config.out / "manifest.json").exists():
             committed.append(set(identity(open_cache(config.out))))

@@ -44,8 +44,8 @@ def digest_of(data: bytes) -> str:
     return data[-67:-3].decode("ascii", errors="replace")
 
 
-def parse_sealed(data: bytes, what: str) -> dict[str, Any]:
-    """Check sealed bytes and return the object without its digest.
+def check_seal(data: bytes, what: str) -> str:
+    """Check sealed bytes without parsing them; returns their digest, 64 hex digits.
 
     Args:
         data: the file's bytes.
@@ -53,17 +53,31 @@ def parse_sealed(data: bytes, what: str) -> dict[str, Any]:
 
     Raises:
         ChecksumError: the bytes are not those that were sealed.
-        FormatError: not a document, or one that is too large, too deep or ambiguous.
+        FormatError: not a document, or one that is too large.
     """
     if len(data) > MAX_DOCUMENT_BYTES:
         raise FormatError(f"{what}: larger than a document may be ({len(data):,} bytes)")
     body, tail = data[: -len(_TAIL)], data[-len(_TAIL) :]
     if tail[:11] != _TAIL[:11] or tail[-3:] != _TAIL[-3:]:
-        raise FormatError(f"{what}: not a complete document (it does not end with its digest)")
+        raise FormatError(
+            f"{what}: not a complete document (it does not end with its digest); it was cut short or is another file: "
+            "copy it again from where it came from"
+        )
     found = hashlib.sha256(body + b"}").hexdigest()
     if found.encode() != tail[11:-3]:
         raise ChecksumError(f"{what}: damaged (its bytes have digest {found[:12]}, it says {digest_of(data)[:12]!a})")
-    return strict_json(body + b"}", what)
+    return found
+
+
+def parse_sealed(data: bytes, what: str) -> dict[str, Any]:
+    """Check sealed bytes and return the object without its digest.
+
+    Raises:
+        ChecksumError: the bytes are not those that were sealed.
+        FormatError: not a document, or one that is too large, too deep or ambiguous.
+    """
+    check_seal(data, what)
+    return strict_json(data[: -len(_TAIL)] + b"}", what)
 
 
 def strict_json(data: bytes, what: str) -> dict[str, Any]:
@@ -119,9 +133,9 @@ class Document(BaseModel):
         Raises:
             ChecksumError, FormatError: as `parse_sealed`, or a field is missing, unknown or of another type.
         """
-        value = parse_sealed(data, what)
+        parse_sealed(data, what)  # strict JSON, which pydantic's own parser is not
         try:
-            return cls.model_validate_json(canonical(value))
+            return cls.model_validate_json(data[: -len(_TAIL)] + b"}")
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"]) or "document"

@@ -32,6 +32,11 @@ def human_time(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
+def human_rate(per_s: float) -> str:
+    """Three digits, or all before the point: 0.213, 24.2, 1,270."""
+    return f"{per_s:,.0f}" if per_s >= 100 else f"{per_s:.3g}"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExtractPlan:
     """An extraction that is about to start or continue."""
@@ -101,9 +106,10 @@ class ExtractPlan:
             f"free      {human_bytes(self.free_bytes)}{inodes} at {self.out}",
         ]
         if self.seconds is not None and self.views_per_s is not None:
+            processes = f"{self.processes} process{'es' * (self.processes > 1)}"
             lines.append(
                 f"time      {human_time(self.seconds)} of teacher forward "
-                f"({self.views_per_s:.3g} views/s measured here, {self.processes} process{'es' * (self.processes > 1)})"
+                f"({human_rate(self.views_per_s)} views/s measured here, {processes})"
             )
         return lines
 

@@ -22,7 +22,7 @@ from proteus_cache.cache.layout import PROBE, CacheLayout, is_view, shard_of_rec
 from proteus_cache.cache.manifest import Manifest, TargetRecord
 from proteus_cache.cache.receipt import Receipt
 from proteus_cache.cache.writer import rows_of_view
-from proteus_cache.documents import MAX_DOCUMENT_BYTES, digest_of
+from proteus_cache.documents import MAX_DOCUMENT_BYTES, check_seal, digest_of
 from proteus_cache.errors import ChecksumError, FormatError, UsageError
 
 _MAX_BLOB_BYTES = 1 << 30
@@ -236,8 +236,11 @@ class Cache:
     def _committed(self, view: str, shard: int) -> Receipt:
         receipt = self.receipt(view, shard)
         if receipt is None:
-            raise UsageError(f"{self.layout.root}: unit {view}/{shard} is not extracted yet; run extract again")
+            raise self._not_extracted(view, shard)
         return receipt
+
+    def _not_extracted(self, view: str, shard: int) -> UsageError:
+        return UsageError(f"{self.layout.root}: unit {view}/{shard} is not extracted yet; run extract again")
 
     def read_views(self, view: str, shard: int) -> dict[str, tuple[bytes, bytes]]:
         """Key to (encoded view, sample JSON) of one unit, in row order.
@@ -267,8 +270,10 @@ class Cache:
         """
         digests = []
         for shard in range(rows_of_view(self.manifest, view)[1]):
-            self._committed(view, shard)
-            digests.append(digest_of(storage.read_bytes(self.layout.receipt(view, shard), MAX_DOCUMENT_BYTES)))
+            path = self.layout.receipt(view, shard)
+            if storage.size_of(path) is None:
+                raise self._not_extracted(view, shard)
+            digests.append(check_seal(storage.read_bytes(path, MAX_DOCUMENT_BYTES), str(path)))
         return hashlib.sha256("".join(f"{d}\n" for d in [self.manifest_digest, *digests]).encode()).hexdigest()
 
     def cache_id(self) -> str:

@@ -41,12 +41,15 @@ class Samples(Document):
     rows: list[int]
     keys: list[str]
     view_digests: list[str]
+    source_sha256: list[str]
+    """Of the image files."""
     crc32c: dict[str, list[int]]
     """Target name to the CRC-32C of each view's codes."""
 
     @model_validator(mode="after")
     def _columns_agree(self) -> Self:
-        lengths = {len(self.rows), len(self.keys), len(self.view_digests), *map(len, self.crc32c.values())}
+        texts = (self.keys, self.view_digests, self.source_sha256)
+        lengths = {len(self.rows), *map(len, texts), *map(len, self.crc32c.values())}
         if len(lengths) != 1:
             raise ValueError("columns have different lengths")
         if any(a >= b for a, b in zip(self.rows, self.rows[1:], strict=False)):

@@ -142,14 +142,12 @@ def _check_images(cache: Cache, receipt: Receipt) -> None:
 def _check_views(cache: Cache, receipt: Receipt) -> None:
     members = cache.read_views(receipt.view, receipt.shard)
     side_px = cache.manifest.views.size_px
-    for key, digest in zip(receipt.samples.keys, receipt.samples.view_digests, strict=True):
+    samples = receipt.samples
+    for key, digest, source in zip(samples.keys, samples.view_digests, samples.source_sha256, strict=True):
         data, sample = members[key]
         document = parse_sealed(sample, f"{key}.json")
-        if (document.get("key"), document.get("view"), document.get("view_digest")) != (
-            key,
-            receipt.view,
-            digest,
-        ):
+        stated = [document.get(field) for field in ("key", "view", "view_digest")]
+        if stated != [key, receipt.view, digest] or dict(document.get("source", {})).get("sha256") != source:
             raise DamageError(f"{key}.json: is not the document of this view")
         if digest_pixels(decode_view(data, side_px)) != digest:
             raise DamageError(

@@ -43,6 +43,8 @@ class StoredView:
     """The encoded view."""
     digest: str
     """BLAKE2b (8 bytes, hex) of its pixels."""
+    source_sha256: str
+    """Of the image file that it was made from."""
     sample_json: bytes
 
 
@@ -238,6 +240,7 @@ def _receipt(
             rows=[view.row for view in unit.views],
             keys=[view.key for view in unit.views],
             view_digests=[view.digest for view in unit.views],
+            source_sha256=[view.source_sha256 for view in unit.views],
             crc32c=crc32c,
         ),
         quarantined=unit.quarantined,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -128,25 +127,31 @@ def _run(config: ExtractConfig, n_processes: int | None, plan_only: bool) -> dic
 
     launched = worker_from_environment()
     count = 1 if launched else ranks.count_of(config.device, n_processes)
-    planned = _plan(config, shown=launched is None or launched.index == 0)
-    plan = describe_plan(config, planned, launched.count if launched else count)
-    if launched is None or launched.index == 0:
+    shown, processes = launched is None or launched.index == 0, launched.count if launched else count
+    planned = _plan(config, shown, processes)
+    plan = describe_plan(config, planned, processes)
+    if shown and not planned.is_new:
         terminal.note(plan.lines())
     plan.check()
     if plan_only:
         return {"cache": str(config.out), "manifest": planned.cache.manifest_digest, "plan": plan.to_json()}
     if count == 1:
-        return _extract(config, planned, launched or Worker(0, 1))
+        return _summary(config, _extract(config, planned, launched or Worker(0, 1)))
     del planned
     ranks.start(count, _extract_rank, config)
     return _summary(config, {})
 
 
-def _plan(config: ExtractConfig, shown: bool) -> Any:
+def _plan(config: ExtractConfig, shown: bool, processes: int) -> Any:
     from proteus_cache.extract.planning import plan_cache
 
     with terminal.progress("teacher", "MB", shown) as update:
-        return plan_cache(config, lambda done, total: update(done / 1e6, (total or done) / 1e6, 0))
+        return plan_cache(
+            config,
+            processes=processes,
+            announce=(lambda plan: terminal.note(plan.lines())) if shown else None,
+            download_progress=lambda done, total: update(done / 1e6, (total or done) / 1e6, 0),
+        )
 
 
 def _extract_rank(config: ExtractConfig) -> None:
@@ -165,7 +170,7 @@ def _extract_rank_command(config: ExtractConfig) -> None:
 
     worker = worker_from_environment()
     assert worker is not None, "start_ranks sets RANK and WORLD_SIZE"
-    _extract(config, _plan(config, shown=worker.index == 0), worker)
+    _extract(config, _plan(config, worker.index == 0, worker.count), worker)
 
 
 def _extract(config: ExtractConfig, planned: Any, worker: Any) -> dict[str, Any]:
@@ -174,10 +179,7 @@ def _extract(config: ExtractConfig, planned: Any, worker: Any) -> dict[str, Any]
     label = "extract" if worker.count == 1 else f"extract, process 1 of {worker.count}"
     with terminal.progress(label, "views", shown=worker.index == 0) as update:
         done = extract(config, planned, worker, lambda at: update(at.views_done, at.views_all, at.bytes_written))
-    return _summary(
-        config,
-        {"units_committed": done.units_committed, "seconds": round(done.seconds, 3), "pid": os.getpid()},
-    )
+    return {"units_committed": done.units_committed, "seconds": round(done.seconds, 3)}
 
 
 def _summary(config: ExtractConfig, measured: dict[str, Any]) -> dict[str, Any]:

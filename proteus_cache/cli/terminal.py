@@ -56,6 +56,9 @@ def command(again: str | None) -> Callable[[Callable[P, R]], Callable[P, R]]:
                 fail(_with_notes(error), 1)
             except (RuntimeError, MemoryError) as error:
                 remedy = _memory_remedy(error)
+                if _is_interruption(error):
+                    _end_children()
+                    fail(f"interrupted; {again}", 1)
                 if remedy is None:
                     raise
                 fail(remedy, 1)
@@ -70,6 +73,12 @@ def command(again: str | None) -> Callable[[Callable[P, R]], Callable[P, R]]:
 
 def _interrupt(number: int, frame: object) -> None:
     raise KeyboardInterrupt
+
+
+def _is_interruption(error: BaseException) -> bool:
+    """Whether an interruption is at the root: Python wraps one that hits while a class is made, as in an import."""
+    cause = error.__cause__ or error.__context__
+    return cause is not None and (isinstance(cause, KeyboardInterrupt) or _is_interruption(cause))
 
 
 def _end_children() -> None:

@@ -76,7 +76,7 @@ def evaluate(
         raise UsageError(f"unknown protocol {protocol!r}; choose {' or '.join(get_args(Protocol))}")
     if weights is not None and teacher is None:
         raise UsageError("--weights names the weights of a teacher; give --teacher with it")
-    for name, value in (("batch size", batch_size), ("workers", workers)):
+    for name, value in (("--batch-size", batch_size), ("--workers", workers)):
         if value is not None and value < 1:
             raise UsageError(f"{name} must be at least 1, got {value}")
     place_on = best_device(device)

@@ -26,7 +26,8 @@ from proteus_cache.cache.receipt import Moments, Quarantined
 from proteus_cache.cache.writer import StoredView, Unit, commit_unit, publish_arrays
 from proteus_cache.codecs.codec import Codec
 from proteus_cache.errors import ProteusCacheError
-from proteus_cache.extract.planning import PlannedCache, decoder_version
+from proteus_cache.extract.planning import PlannedCache
+from proteus_cache.extract.records import decoder_version
 from proteus_cache.extract.rendering import Job, Rendered, render_jobs
 from proteus_cache.teachers.teacher import Precision, Teacher
 from proteus_cache.views.encode import decode_view
@@ -54,6 +55,7 @@ class _Statistics:
 
     def __init__(self, device: torch.device) -> None:
         self._sums = torch.zeros(3, dtype=torch.float64, device=device)
+        self._on_host = torch.zeros(3, dtype=torch.float64, pin_memory=device.type == "cuda")
         self._count = 0
 
     def add(self, tokens: Tensor) -> None:
@@ -63,9 +65,13 @@ class _Statistics:
         self._sums[2] = torch.maximum(self._sums[2], flat.abs().amax())
         self._count += flat.numel()
 
+    def fetch(self) -> None:
+        """Start the copy to the host, behind all that was added."""
+        self._on_host.copy_(self._sums, non_blocking=True)
+
     def moments(self) -> Moments:
-        """Waits for the device."""
-        total, squares, absmax = self._sums.tolist()
+        """What was fetched; only after the copy is known to be done. Waits for nothing that was queued later."""
+        total, squares, absmax = self._on_host.tolist()
         count = max(self._count, 1)
         return Moments(mean=total / count, mean_square=squares / count, absmax=absmax)
 
@@ -81,6 +87,8 @@ class _OpenUnit:
     """Target name to (unit rows, code_bytes) uint8 on the host."""
     statistics: dict[str, _Statistics]
     precision: Precision
+    sources: dict[str, str]
+    """Key to source digest, as earlier view indices have it."""
     views: list[StoredView] = field(default_factory=list)
     quarantined: list[Quarantined] = field(default_factory=list)
     done: torch.cuda.Event | None = None
@@ -204,6 +212,7 @@ class _Pipeline:
     ) -> None:
         self.cache = planned.cache
         self.manifest = planned.cache.manifest
+        self.image_root = planned.image_root
         self.teacher: Teacher = planned.teacher.to(device, precision)
         self.codecs: dict[str, Codec] = {name: codec.to(device) for name, codec in planned.codecs.items()}
         self.device = device
@@ -272,11 +281,13 @@ class _Pipeline:
             codes={name: buffer[: len(rows)] for name, buffer in buffers.items()},
             statistics={name: _Statistics(self.device) for name in self.names},
             precision=self.precision,
+            sources=self._known_sources(job.view, job.shard),
         )
 
     def _fill(self, unit: _OpenUnit, batch: Rendered) -> None:
         """Run the teacher over a batch and start the copy of its codes into the unit's buffer."""
         self.quarantine.add(batch.quarantined)
+        self._check_sources(unit, batch)
         unit.quarantined += batch.quarantined
         unit.views += batch.views
         for image in batch.quarantined:
@@ -286,6 +297,37 @@ class _Pipeline:
             local = [view.row - unit.rows.start for view in batch.views]
             self._encode(unit, torch.as_tensor(batch.pixels), local)
         self.views_done += len(batch.job.rows)
+
+    def _check_sources(self, unit: _OpenUnit, batch: Rendered) -> None:
+        """An image must be the one that earlier views were made of, as far as these are committed.
+
+        Raises:
+            ProteusCacheError: it is another one.
+        """
+        paths = dict(zip(batch.job.keys, batch.job.paths, strict=True))
+        for view in batch.views:
+            known = unit.sources.get(view.key)
+            if known is not None and known != view.source_sha256:
+                raise ProteusCacheError(
+                    f"{self.image_root / paths[view.key]}: changed since its first view was made (its SHA-256 is "
+                    f"{view.source_sha256[:12]} and was {known[:12]}); put the old file back, or extract into another "
+                    "--out; finished units are kept"
+                )
+
+    def _known_sources(self, view: str, shard: int) -> dict[str, str]:
+        """Key to source digest of the images of a unit, as far as an earlier view index has them committed."""
+        rows = [self.cache.image_row(view, row) for row in self.cache.rows(view, shard)]
+        unknown = {row // self.manifest.shard_size for row in rows}
+        known: dict[str, str] = {}
+        for earlier in self.cache.views():
+            if earlier in (view, PROBE):
+                continue
+            for number in unknown & set(self.cache.units(earlier)):
+                receipt = self.cache.receipt(earlier, number)
+                if receipt is not None:
+                    known |= dict(zip(receipt.samples.keys, receipt.samples.source_sha256, strict=True))
+                    unknown.discard(number)
+        return known
 
     def _encode(self, unit: _OpenUnit, pixels: Tensor, local_rows: list[int]) -> None:
         with torch.inference_mode():
@@ -297,6 +339,8 @@ class _Pipeline:
                     into.copy_(codes[start:end], non_blocking=True)
 
     def _submit(self, unit: _OpenUnit, buffers: dict[str, Tensor], writer: ThreadPoolExecutor) -> None:
+        for statistics in unit.statistics.values():
+            statistics.fetch()
         if self.device.type == "cuda":
             unit.done = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch leaves it untyped
             unit.done.record(torch.cuda.current_stream(self.device))

@@ -12,28 +12,24 @@ import hashlib
 import io
 import logging
 import os
-import platform
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
-from PIL import features
-from torch import Tensor
 
 from proteus_cache import storage
 from proteus_cache.cache.layout import CacheLayout
-from proteus_cache.cache.manifest import ImagesRecord, Manifest, TargetRecord, TeacherRecord, ViewsRecord
+from proteus_cache.cache.manifest import ImagesRecord, Manifest, TargetRecord
 from proteus_cache.cache.reader import Cache, is_cache, open_cache
 from proteus_cache.codecs.codec import Codec, codec_for_target, load_codec, make_dense_or_fit
-from proteus_cache.devices import use_device
-from proteus_cache.errors import BadImageError, FormatError, ProteusCacheError, StorageError, UsageError
+from proteus_cache.errors import FormatError, ProteusCacheError, StorageError, UsageError
+from proteus_cache.extract.calibration import Calibration, calibrate
+from proteus_cache.extract.compatibility import check_image_root, check_settings, check_weights
 from proteus_cache.extract.config import (
     DEFAULT_CODEC,
     DEFAULT_PROBE_IMAGES,
@@ -43,32 +39,17 @@ from proteus_cache.extract.config import (
     PROBE_FROM_IMAGES,
     ExtractConfig,
 )
+from proteus_cache.extract.records import libraries, spec_of, teacher_record, views_record
 from proteus_cache.images import draw_order, list_images
 from proteus_cache.plan import ExtractPlan
 from proteus_cache.teachers.registry import load_teacher
-from proteus_cache.teachers.teacher import Precision, Teacher
-from proteus_cache.views.make import make_view
+from proteus_cache.teachers.teacher import Teacher
 from proteus_cache.views.spec import ViewSpec
 
 logger = logging.getLogger(__name__)
 
-_CALIBRATION_IMAGES = 64
 _HELD_OUT_SHARE = 0.01
 _HELD_OUT_FROM_SHARDS = 10
-_FLOAT16_MAX = 65504.0
-
-
-@dataclass(frozen=True, slots=True)
-class Calibration:
-    """What the planning batch showed."""
-
-    tokens: dict[str, Tensor]
-    """Target to (n, *shape) float32 on the CPU."""
-    precision: Precision
-    view_bytes: float
-    """Mean size of an encoded view."""
-    views_per_s: float
-    """Of the teacher's forward on this device."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,12 +69,18 @@ class PlannedCache:
 
 
 def plan_cache(
-    config: ExtractConfig, download_progress: Callable[[int, int | None], None] | None = None
+    config: ExtractConfig,
+    *,
+    processes: int = 1,
+    announce: Callable[[ExtractPlan], None] | None = None,
+    download_progress: Callable[[int, int | None], None] | None = None,
 ) -> PlannedCache:
     """Read the plan at `config.out`, or make and publish it.
 
     Args:
         config: as asked for.
+        processes: that will extract; for the time in the announcement.
+        announce: called with the plan of a new cache before anything is written or refused for its size.
         download_progress: called with bytes done and in all while the teacher's weights are downloaded.
 
     Raises:
@@ -105,21 +92,21 @@ def plan_cache(
     layout = CacheLayout(config.out)
     existing = _existing(layout)
     if existing is not None:
-        _check_settings(config, existing)  # before weights are downloaded that it could not use
+        check_settings(config, existing)  # before weights are downloaded that it could not use
     teacher = _load_teacher(config, existing, download_progress)
     image_root = config.images if os.path.isdir(config.images) else config.images.parent
     calibration = None
     if existing is None:
         try:
-            calibration = _publish_plan(config, layout, teacher)
+            calibration = _publish_plan(config, layout, teacher, processes, announce)
         except StorageError:
             if not is_cache(layout.root):  # else another process made the whole cache meanwhile and emptied tmp/
                 raise
     _finish_plan(layout)
     cache = open_cache(layout.root)
-    _check_settings(config, cache.manifest)
-    _check_weights(config, cache.manifest, teacher)
-    _check_image_root(cache, image_root, config.images)
+    check_settings(config, cache.manifest)
+    check_weights(config, cache.manifest, teacher)
+    check_image_root(cache, image_root, config.images)
     codecs = {
         target.name: load_codec(target.codec, tuple(target.shape), cache.parameters_blob(target))
         for target in cache.manifest.targets
@@ -127,7 +114,7 @@ def plan_cache(
     return PlannedCache(
         cache=cache,
         teacher=teacher,
-        spec=_spec_of(cache.manifest),
+        spec=spec_of(cache.manifest),
         codecs=codecs,
         image_root=image_root,
         is_new=existing is None,
@@ -168,11 +155,16 @@ def _load_teacher(
     return load_teacher(name, weights=weights, home=config.home, size_px=size_px, progress=progress)
 
 
-def _publish_plan(config: ExtractConfig, layout: CacheLayout, teacher: Teacher) -> Calibration:
+def _publish_plan(
+    config: ExtractConfig,
+    layout: CacheLayout,
+    teacher: Teacher,
+    processes: int,
+    announce: Callable[[ExtractPlan], None] | None,
+) -> Calibration:
     """Make the plan and publish it; another process may have been faster, which is as good."""
     started = time.monotonic()
     table, classes = _image_table(config)
-    storage.make_folder(layout.temporary)
     target_names = config.targets or DEFAULT_TARGETS
     for name in target_names:
         teacher.target_shape(name)
@@ -187,7 +179,7 @@ def _publish_plan(config: ExtractConfig, layout: CacheLayout, teacher: Teacher) 
         std=teacher.identity.std,
     )
     root = config.images if os.path.isdir(config.images) else config.images.parent
-    calibration = _calibrate(config, teacher, spec, root, table, target_names)
+    calibration = calibrate(config, teacher, spec, root, table, target_names)
     codecs = {
         name: make_dense_or_fit(codec_names[name], teacher.target_shape(name), calibration.tokens[name])
         for name in target_names
@@ -200,7 +192,7 @@ def _publish_plan(config: ExtractConfig, layout: CacheLayout, teacher: Teacher) 
             plan_files[f"{hashlib.sha256(blob).hexdigest()}.safetensors"] = blob
     shard_size = config.shard_size or DEFAULT_SHARD_SIZE
     manifest = Manifest(
-        teacher=_teacher_record(teacher, calibration.precision),
+        teacher=teacher_record(teacher, calibration.precision),
         images=ImagesRecord(
             n_images=len(table),
             sha256=hashlib.sha256(list_bytes).hexdigest(),
@@ -208,7 +200,7 @@ def _publish_plan(config: ExtractConfig, layout: CacheLayout, teacher: Teacher) 
             n_probe=int(np.count_nonzero(table["probe"].to_numpy())),
             held_out=_held_out(len(table), shard_size, spec.seed),
         ),
-        views=_views_record(spec),
+        views=views_record(spec),
         targets=[
             TargetRecord(name=name, shape=list(teacher.target_shape(name)), codec=codecs[name].record())
             for name in target_names
@@ -220,7 +212,11 @@ def _publish_plan(config: ExtractConfig, layout: CacheLayout, teacher: Teacher) 
             "images": "as granted to whoever extracts; views show them and may not be shared further than they may",
         },
     )
-    _check_space(config, manifest, calibration)
+    plan = _plan_of_new_cache(config, manifest, calibration, processes)
+    if announce is not None:
+        announce(plan)
+    plan.check()
+    storage.make_folder(layout.temporary)
     for name, data in plan_files.items():
         _place_plan_file(layout, name, data)
     temp, _ = storage.write_durable(layout.temporary, "manifest.json", manifest.sealed)
@@ -235,9 +231,11 @@ def _publish_plan(config: ExtractConfig, layout: CacheLayout, teacher: Teacher) 
     return calibration
 
 
-def _check_space(config: ExtractConfig, manifest: Manifest, calibration: Calibration) -> None:
+def _plan_of_new_cache(
+    config: ExtractConfig, manifest: Manifest, calibration: Calibration, processes: int
+) -> ExtractPlan:
     n_views = config.views or DEFAULT_VIEWS
-    size_plan(
+    return size_plan(
         manifest,
         config.out,
         n_views=n_views,
@@ -245,9 +243,9 @@ def _check_space(config: ExtractConfig, manifest: Manifest, calibration: Calibra
         views_todo=n_views * manifest.images.n_images + manifest.images.n_probe,
         view_bytes=calibration.view_bytes,
         views_per_s=calibration.views_per_s,
-        processes=1,
+        processes=processes,
         is_published=False,
-    ).check()
+    )
 
 
 def size_plan(
@@ -320,92 +318,6 @@ def _held_out(n_images: int, shard_size: int, seed: int) -> list[int]:
     return sorted(int(shard) for shard in order[: max(1, round(n_shards * _HELD_OUT_SHARE))])
 
 
-def _calibrate(
-    config: ExtractConfig,
-    teacher: Teacher,
-    spec: ViewSpec,
-    root: Path,
-    table: pa.Table,
-    names: tuple[str, ...],
-) -> Calibration:
-    """Run the teacher over the first views: their size, its speed and precision, and tokens to fit codecs to.
-
-    The teacher is on the CPU afterwards: the process that only plans, and then starts others, holds no GPU memory.
-    """
-    device = use_device(config.device)
-    pixels, view_bytes = _first_views(root, table, spec)
-    try:
-        return _first_usable(config, teacher, pixels, view_bytes, names, device)
-    finally:
-        teacher.to("cpu", "fp32")
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-
-
-def _first_usable(
-    config: ExtractConfig,
-    teacher: Teacher,
-    pixels: Tensor,
-    view_bytes: float,
-    names: tuple[str, ...],
-    device: torch.device,
-) -> Calibration:
-    """The calibration in the first precision that gives finite outputs."""
-    for precision in _precisions(config, device):
-        teacher.to(device, precision)
-        tokens, views_per_s = _timed_targets(teacher, pixels, names)
-        if _are_usable(tokens, codec_for_target(config.codec or DEFAULT_CODEC, "patch")):
-            return Calibration(tokens, precision, view_bytes, views_per_s)
-        logger.warning("teacher=%s outputs are not finite in precision=%s", teacher.identity.name, precision)
-    raise ProteusCacheError(
-        f"{teacher.identity.name}: its outputs on the planning batch are not finite (or beyond 65,504, which only "
-        "--codec float32 stores), in fp32 too; check --weights"
-    )
-
-
-def _precisions(config: ExtractConfig, device: torch.device) -> tuple[Precision, ...]:
-    if config.precision is not None:
-        return (config.precision,)  # type: ignore[return-value]  # checked by ExtractConfig
-    return ("fp16", "bf16", "fp32") if device.type == "cuda" else ("fp32",)
-
-
-def _first_views(root: Path, table: pa.Table, spec: ViewSpec) -> tuple[Tensor, float]:
-    """Up to 64 views of the first images: (n, H, W, 3) uint8, and their mean encoded size."""
-    pixels, sizes = [], []
-    failed: Exception | None = None
-    for row in table.slice(0, _CALIBRATION_IMAGES).to_pylist():
-        try:
-            view = make_view(root / row["path"], row["path"], row["key"], row["label"], "v000", spec)
-        except BadImageError as error:
-            failed = error
-            continue
-        pixels.append(torch.from_numpy(view.pixels))
-        sizes.append(len(view.data) + len(view.sample_json))
-    if not pixels:
-        raise ProteusCacheError(
-            f"none of the first {len(table.slice(0, _CALIBRATION_IMAGES))} images can be read: {failed}"
-        )
-    return torch.stack(pixels), sum(sizes) / len(sizes)
-
-
-def _timed_targets(teacher: Teacher, pixels: Tensor, names: tuple[str, ...]) -> tuple[dict[str, Tensor], float]:
-    """Targets of all pixels on the CPU, and views/s of the forwards but the first, which warms up."""
-    batches = torch.split(pixels, 16)
-    parts: list[dict[str, Tensor]] = []
-    seconds = 0.0
-    for number, batch in enumerate(batches):
-        started = time.monotonic()
-        parts.append({name: value.float().cpu() for name, value in teacher.targets(batch, names).items()})
-        seconds += time.monotonic() - started if number or len(batches) == 1 else 0.0
-    timed = len(pixels) - (len(batches[0]) if len(batches) > 1 else 0)
-    return {name: torch.cat([part[name] for part in parts]) for name in names}, timed / max(seconds, 1e-9)
-
-
-def _are_usable(tokens: dict[str, Tensor], codec: str) -> bool:
-    limit = torch.finfo(torch.float32).max if codec == "float32" else _FLOAT16_MAX
-    return all(bool(values.abs().amax() <= limit) for values in tokens.values())
-
-
 def _place_plan_file(layout: CacheLayout, name: str, data: bytes) -> None:
     final = layout.temporary / f"plan-{name}"
     if storage.size_of(final) is None:
@@ -435,129 +347,7 @@ def _finish_plan(layout: CacheLayout) -> None:
     storage.make_folder(layout.temporary)
 
 
-def _check_weights(config: ExtractConfig, manifest: Manifest, teacher: Teacher) -> None:
-    found, wanted = manifest.teacher.weights_sha256, teacher.identity.weights_sha256
-    if found != wanted:
-        raise UsageError(
-            f"{config.out}: this cache was made with other settings: --weights is {manifest.teacher.weights_source} "
-            f"({found[:12]}) there and {teacher.identity.weights_source} ({wanted[:12]}) here; give the same weights "
-            "to continue it, or give --out another folder"
-        )
-
-
-def _check_settings(config: ExtractConfig, manifest: Manifest) -> None:
-    """Refuse to continue a cache with settings that it was not made with, naming the first that differs."""
-    codecs = {target.name: target.codec.name for target in manifest.targets}
-    asked_codecs = {name: codec_for_target(config.codec, name) for name in codecs} if config.codec else None
-    asked: list[tuple[str, Any, Any]] = [
-        ("--teacher", config.teacher, manifest.teacher.name),
-        ("--size", config.size_px, manifest.views.size_px),
-        ("--targets", list(config.targets) if config.targets else None, list(codecs)),
-        ("--codec", asked_codecs, codecs),
-        ("--augment", config.augment, manifest.views.augment),
-        ("--view-format", config.view_format, manifest.views.view_format),
-        ("--seed", config.seed, manifest.views.seed),
-        ("--shard-size", config.shard_size, manifest.shard_size),
-        ("--probe-images", config.probe_images, manifest.images.n_probe),
-    ]
-    for flag, wanted, found in asked:
-        if wanted is not None and wanted != found:
-            raise UsageError(
-                f"{config.out}: this cache was made with other settings: {flag} is {_short(found)} there and "
-                f"{_short(wanted)} here; leave {flag} out to continue it, or give --out another folder"
-            )
-    if config.limit is not None and config.limit != manifest.images.n_images:
-        n_listed = len(list_images(config.images).table)
-        if min(config.limit, n_listed) != manifest.images.n_images:
-            raise UsageError(
-                f"{config.out}: this cache has {manifest.images.n_images} images and --limit {config.limit} was "
-                "asked for; leave --limit out to continue it, or give --out another folder"
-            )
-
-
-def _short(value: Any) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{name} {codec}" for name, codec in value.items())
-    if isinstance(value, list):
-        return ",".join(map(str, value))
-    return str(value)
-
-
-def _check_image_root(cache: Cache, root: Path, source: Path) -> None:
-    """The folder given must hold at least one of the cache's first images."""
-    first = cache.image_table["path"].slice(0, 16).to_pylist()
-    if not any(os.path.isfile(root / path) for path in first):
-        raise UsageError(
-            f"{source}: holds none of this cache's images (for example {first[0]}); give the folder that does"
-        )
-
-
-def _spec_of(manifest: Manifest) -> ViewSpec:
-    views = manifest.views
-    return ViewSpec(
-        augment=views.augment,
-        size_px=views.size_px,
-        view_format=views.view_format,
-        seed=views.seed,
-        mean=(views.mean[0], views.mean[1], views.mean[2]),
-        std=(views.std[0], views.std[1], views.std[2]),
-    )
-
-
-def _views_record(spec: ViewSpec) -> ViewsRecord:
-    is_jpeg = spec.view_format == "jpeg"
-    return ViewsRecord(
-        augment=spec.augment,
-        size_px=spec.size_px,
-        view_format=spec.view_format,
-        jpeg_quality=95 if is_jpeg else None,
-        jpeg_subsampling="4:4:4" if is_jpeg else None,
-        seed=spec.seed,
-        mean=list(spec.mean),
-        std=list(spec.std),
-        decoder=decoder_version(),
-    )
-
-
-def _teacher_record(teacher: Teacher, precision: Precision) -> TeacherRecord:
-    identity = teacher.identity
-    return TeacherRecord(
-        name=identity.name,
-        implementation=identity.implementation,
-        architecture=dict(identity.architecture),
-        weights_source=identity.weights_source,
-        weights_sha256=identity.weights_sha256,
-        licence=identity.licence,
-        size_px=identity.size_px,
-        patch_px=identity.patch_px,
-        width=identity.width,
-        depth=identity.depth,
-        n_register_tokens=identity.n_register_tokens,
-        mean=list(identity.mean),
-        std=list(identity.std),
-        precision=precision,
-    )
-
-
 def _parquet(table: pa.Table) -> bytes:
     buffer = io.BytesIO()
     pq.write_table(table, buffer, compression="zstd", write_statistics=False)
     return buffer.getvalue()
-
-
-def decoder_version() -> str:
-    """The library that turns stored bytes into pixels here."""
-    import PIL
-
-    return f"Pillow {PIL.__version__}, libjpeg-turbo {features.version('jpg')}"
-
-
-def libraries() -> dict[str, str]:
-    """Versions that may change bits."""
-    from importlib.metadata import version
-
-    from proteus_cache import __version__
-
-    names = ("torch", "torchvision", "timm", "numpy", "pillow", "zarr", "numcodecs")
-    ours = {"python": platform.python_version(), "proteus-cache": __version__}
-    return ours | {name: version(name) for name in names}

@@ -88,7 +88,16 @@ class RenderDataset(Dataset[Rendered | ProteusCacheError]):
                 quarantined.append(Quarantined(row=row, key=key, path=path, reason=reason))
                 continue
             pixels[len(views)] = view.pixels
-            views.append(StoredView(row=row, key=key, data=view.data, digest=view.digest, sample_json=view.sample_json))
+            views.append(
+                StoredView(
+                    row=row,
+                    key=key,
+                    data=view.data,
+                    digest=view.digest,
+                    source_sha256=view.source_sha256,
+                    sample_json=view.sample_json,
+                )
+            )
         made = pixels[: len(views)]
         return Rendered(job, views, torch.from_numpy(made) if self.share_memory else made, quarantined)
 

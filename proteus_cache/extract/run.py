@@ -29,14 +29,11 @@ _TYPICAL_VIEW_BYTES = 36_000
 
 @dataclass(frozen=True, slots=True)
 class ExtractResult:
-    """What one process did, and how the cache stands."""
+    """What one process did, and what is left."""
 
     units_committed: int
     units_left: int
     """Units that other processes still have to do, or 0."""
-    views: int
-    """Stored views of the cache, the probe not counted."""
-    quarantined: int
     seconds: float
 
 
@@ -109,12 +106,9 @@ def extract(
     left = units_to_do(cache, views)
     if not left:
         _empty(cache.layout.temporary)
-    receipts = [cache.receipt(view, shard) for view in cache.views() if view != PROBE for shard in cache.units(view)]
     return ExtractResult(
         units_committed=committed,
         units_left=len(left),
-        views=sum(len(receipt.samples.rows) for receipt in receipts if receipt),
-        quarantined=len({image.key for receipt in receipts if receipt for image in receipt.quarantined}),
         seconds=time.monotonic() - started,
     )
 

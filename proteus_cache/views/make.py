@@ -59,6 +59,8 @@ class View:
     """(H, W, 3), decoded from `data`."""
     digest: str
     """16 hex digits, of `pixels`."""
+    source_sha256: str
+    """Of the image file."""
     sample_json: bytes
     """A sealed `SampleRecord`."""
 
@@ -93,7 +95,7 @@ def make_view(path: Path, relative_path: str, key: str, label: int | None, view:
             source=_record(source),
             recipe=recipe,
         )
-        return View(data, pixels, digest, sample.sealed())
+        return View(data, pixels, digest, source.sha256, sample.sealed())
 
 
 def _record(source: Source) -> SourceRecord:

@@ -46,8 +46,17 @@ def unit_of(finished: Cache, change: int = 0) -> Unit:
         first_row=receipt.first_row,
         end_row=receipt.end_row,
         views=[
-            StoredView(row=row, key=key, data=views[key][0], digest=digest, sample_json=views[key][1])
-            for row, key, digest in zip(samples.rows, samples.keys, samples.view_digests, strict=True)
+            StoredView(
+                row=row,
+                key=key,
+                data=views[key][0],
+                digest=digest,
+                source_sha256=source,
+                sample_json=views[key][1],
+            )
+            for row, key, digest, source in zip(
+                samples.rows, samples.keys, samples.view_digests, samples.source_sha256, strict=True
+            )
         ],
         codes={name: finished.read_codes(VIEW, SHARD, name) ^ np.uint8(change) for name in samples.crc32c},
         moments=receipt.moments,

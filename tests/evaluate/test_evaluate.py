@@ -249,8 +249,8 @@ def test_the_table_has_a_line_for_each_model_in_percent(tmp_path: Path) -> None:
     [
         ({"protocol": "linear"}, "unknown protocol 'linear'; choose knn"),
         ({"weights": "random:0"}, "give --teacher with it"),
-        ({"batch_size": 0}, "batch size must be at least 1"),
-        ({"workers": 0}, "workers must be at least 1"),
+        ({"batch_size": 0}, "--batch-size must be at least 1"),
+        ({"workers": 0}, "--workers must be at least 1"),
         ({"teacher": "dinov2_vits15"}, "unknown teacher"),
         ({"device": "tpu"}, "--device"),
     ],

@@ -14,6 +14,7 @@ what it takes with the model loaded. The forward is replaced by ready tokens the
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import os
 import resource
@@ -66,6 +67,7 @@ def main() -> None:
 
 def measure(root: Path, folder: Path, rounds: int, limit: int, teacher_name: str) -> dict[str, Any]:
     """CPU seconds of both sides, interleaved, and the memory growth of the last extraction."""
+    growth, unit_bytes = _memory(_plan(root, folder, "memory", 6 * 256, teacher_name, shard_size=256))
     clock = _ForwardClock()
     timm_s, extract_s = [], []
     for number in range(rounds + 1):
@@ -77,7 +79,6 @@ def measure(root: Path, folder: Path, rounds: int, limit: int, teacher_name: str
             extract_s.append(ours)
     ratios = [ours / timm for ours, timm in zip(extract_s, timm_s, strict=True)]
     n_images = min(limit, len(list_images(root).table))
-    growth, unit_bytes = _memory(_plan(root, folder, "memory", 6 * 256, teacher_name, shard_size=256))
     return {
         "n_images": n_images,
         "timm_ms": 1000 * statistics.median(timm_s) / n_images,
@@ -188,6 +189,7 @@ class _PeakMemory:
     """Largest resident size within the block, less the size at its start."""
 
     def __enter__(self) -> _PeakMemory:
+        ctypes.CDLL(None).malloc_trim(0)  # what was freed before must not hide what is taken now
         self._first = self._peak = _resident()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)

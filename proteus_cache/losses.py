@@ -5,8 +5,8 @@
     patch     patch head(masked pass) against the teacher's patches, at masked positions only
 
 Every mean runs over all elements, channels included. Several processes that each hold a part of the batch
-pass the batch's own counts, and the average of their losses is then the loss of the whole batch, however it
-was cut.
+pass the batch's counts divided by their own number, and the average of their losses is then the loss of the
+whole batch, however it was cut.
 """
 
 from __future__ import annotations
@@ -66,7 +66,8 @@ def patch_loss(predicted_MKD: Tensor, target_MKD: Tensor, *, n_images: float | N
     """Mean squared error over masked patches.
 
     Args:
-        predicted_MKD: (M, K, D) patch head's output of the masked pass at the masked positions; M may be 0.
+        predicted_MKD: (M, K, D) patch head's output of the masked pass at the masked positions; M may be 0
+            where `n_images` is given.
         target_MKD: (M, K, D) teacher's patches (clean view) at the same positions.
         n_images: masked images to average over, M when None.
 

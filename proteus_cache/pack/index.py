@@ -40,6 +40,7 @@ NO_LABEL = 0xFFFFFFFF
 PROBE_NUMBER = 0xFFFFFFFF
 MAX_VIEW_BYTES = 64 << 20
 MAX_JSON_BYTES = 1 << 20
+_MAX_OFFSET = 1 << 60  # what a file system and `preadv` can take; the tar itself is far shorter
 _MAGIC = b"PROTEUSX"
 _VERSION = 1
 _HEADER = struct.Struct("<8sIIQIII24x")
@@ -115,14 +116,11 @@ class Index:
         self._check(records, numbers)
         return records
 
-    def read_all(self) -> Records:
-        """All records, unchecked: for verify, which checks them one by one."""
-        return self._records
-
     def _check(self, records: Records, numbers: NDArray[np.int64]) -> None:
         good = (
             (records["tar"] < self._n_tars)
             & (records["codes_offset"] >= BLOCK)
+            & (records["codes_offset"] <= _MAX_OFFSET)
             & (records["codes_size"] == self._code_bytes)
             & (records["view_offset"] == _next_data(records["codes_offset"], records["codes_size"]))
             & (records["view_size"] <= MAX_VIEW_BYTES)

@@ -7,7 +7,6 @@ Metadata: `timm_vision_transformer` (JSON object, arguments of timm's VisionTran
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -146,7 +145,7 @@ def _statistics(metadata: Mapping[str, str], key: str, path: Path) -> Statistics
 
 
 def _is_number(value: Any) -> bool:  # Any: whatever the JSON held
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and -_LARGEST <= value <= _LARGEST
 
 
 def _json(metadata: Mapping[str, str], key: str, path: Path) -> Any:  # Any: what JSON holds is checked by the caller

@@ -83,6 +83,9 @@ def write_checkpoint(
 ) -> Path:
     """Write one checkpoint durably and remove the oldest above `keep`.
 
+    Those of later steps are left: they were damaged when the run was resumed from an earlier one, and must not
+    push out the good ones. The run writes them anew when it gets there.
+
     Args:
         folder: `RUN/checkpoints`, made when missing.
         state: all but `files`, which is filled in here.
@@ -111,7 +114,8 @@ def write_checkpoint(
         shutil.rmtree(temp, ignore_errors=True)
         raise
     verify_checkpoint(final, digests=False)
-    for step in checkpoint_steps(folder)[:-keep]:
+    older = [step for step in checkpoint_steps(folder) if step <= state.step]
+    for step in older[:-keep]:
         _remove(folder / f"step-{step:08d}")
     log.info("wrote checkpoint=%s bytes=%d", final, sum(file.size for file in files.values()))
     return final

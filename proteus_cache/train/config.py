@@ -30,6 +30,9 @@ _FREE_FIELDS = frozenset(
 )
 
 
+_SEEDS = 2**62  # three heads take seeds of their own, up to 3 times this one, and torch takes 64 bits
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainConfig:
     """One training run."""
@@ -41,7 +44,7 @@ class TrainConfig:
     out: Path
     """The RUN folder."""
     seed: int = 0
-    """Fixes initial weights, order and masks."""
+    """Fixes initial weights, order and masks; below 2**62."""
 
     epochs: int = 300
     """Epochs of the schedule."""
@@ -100,6 +103,8 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value < 0:
                 raise ConfigError(f"{name} must not be negative, got {value}")
+        if self.seed >= _SEEDS:
+            raise ConfigError(f"seed must be below 2**62, got {self.seed}")
         for name in _rates():
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value >= 0):

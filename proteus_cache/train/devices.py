@@ -12,7 +12,7 @@ import os
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin
 
 from proteus_cache.errors import UsageError
 from proteus_cache.train.config import Precision, TrainConfig
@@ -49,13 +49,25 @@ def resolve_precision(config: TrainConfig, device: str) -> Precision:
 
 
 def make_accelerator(device: str, precision: Precision) -> Accelerator:
-    """An Accelerator for this process of the run, whatever another run in this process had before."""
+    """An Accelerator for this process of the run, whatever another run in this process had before.
+
+    Raises:
+        UsageError: the launcher shards the model, which checkpoints here know nothing of.
+    """
+    for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM"):
+        if os.environ.get(name, "false").lower() in ("1", "true", "yes"):
+            raise UsageError(
+                f"{name} is set: students are trained data-parallel only; choose that with `accelerate config`, or start "
+                "the command without a launcher"
+            )
     AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
     GradientState._reset_state()
     ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)
     return Accelerator(
         mixed_precision=_ACCELERATE_NAMES[precision],
         cpu=device == "cpu",
+        # Given here, because a launcher's ACCELERATE_GRADIENT_ACCUMULATION_STEPS would divide our losses.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         kwargs_handlers=[ddp],
         step_scheduler_with_optimizer=False,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from proteus_cache.errors import UsageError
 from proteus_cache.pack.reader import Pack
 from proteus_cache.train.config import TrainConfig
+from proteus_cache.train.masking import n_masked_patches
 from proteus_cache.train.targets import CodedTarget, TargetDecoder
 
 
@@ -12,7 +13,8 @@ def check_targets(pack: Pack, config: TrainConfig) -> None:
     """Refuse a pack that lacks what the losses need.
 
     Raises:
-        UsageError: targets are missing, or the patch targets are not on the student's grid.
+        UsageError: targets are missing, the patch targets are not on the student's grid, or no patch of a view
+            would be masked.
     """
     shapes = {target.name: target.shape for target in pack.targets}
     missing = [name for name in config.targets if name not in shapes]
@@ -28,6 +30,11 @@ def check_targets(pack: Pack, config: TrainConfig) -> None:
         raise UsageError(
             f"{pack.path}: holds {shapes['patch'][0]} patch targets a view, and a student with the "
             f"teacher's patches has {side} x {side}; this pack cannot train one"
+        )
+    if config.weight_patch > 0 and n_masked_patches(config.mask_ratio, n_patches(pack)) == 0:
+        raise UsageError(
+            f"{pack.path}: mask_ratio {config.mask_ratio:g} hides no patch of a view of {side} x {side}, so there is "
+            "no patch loss; set a larger mask_ratio, or weight_patch: 0"
         )
 
 

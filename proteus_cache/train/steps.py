@@ -122,8 +122,9 @@ class Steps:
             return self._step(batch)
         except torch.cuda.OutOfMemoryError as error:
             config = self._run.config
+            at_once = -(-len(batch.views) // config.accumulate)
             raise ProteusCacheError(
-                f"the GPU has too little memory for {len(batch.views):,} views at once (of a batch of "
+                f"the GPU has too little memory for {at_once:,} views at once (of a batch of "
                 f"{config.global_batch:,}); set accumulate: {2 * config.accumulate} in --config (same results), or use "
                 "more GPUs"
             ) from error

@@ -124,6 +124,15 @@ def test_impossible_numbers_are_refused_though_the_checksum_holds(
         open_index(path).read(np.arange(5))
 
 
+def test_an_offset_that_no_file_has_is_refused(tmp_path: Path, records: Records) -> None:
+    for field in ("codes_offset", "view_offset", "json_offset"):
+        records[3][field] += np.uint64(2**63)
+    path = write_index(tmp_path / "v004.idx", seal_records(records))
+
+    with pytest.raises(FormatError, match="record 3 has impossible numbers"):
+        open_index(path).read(np.arange(5))
+
+
 def test_a_link_or_nothing_is_refused(tmp_path: Path, records: Records) -> None:
     path = write_index(tmp_path / "other", records)
     (tmp_path / "v004.idx").symlink_to(path)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from proteus_cache.pack.slots import SlotPool, SlotShape, shared_file
+from proteus_cache.pack.slots import SlotPool, SlotShape, available_memory, shared_file
 
 SHAPE = SlotShape(n=3, code_bytes=5, side_px=2)
 
@@ -76,3 +76,34 @@ def test_a_full_file_system_gives_no_file(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(os, "posix_fallocate", full)
 
     assert shared_file(4096, tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    ("files", "available"),
+    [
+        ({}, 8000 * 1024),
+        ({"memory.max": "max", "memory.current": "5", "memory.stat": "active_file 0\ninactive_file 0"}, 8000 * 1024),
+        (
+            {"memory.max": "900", "memory.current": "700", "memory.stat": "anon 9\nactive_file 40\ninactive_file 60"},
+            300,
+        ),
+        ({"memory.max": "900", "memory.current": "950", "memory.stat": "active_file 1\ninactive_file 2"}, 0),
+        (
+            {
+                "memory/memory.limit_in_bytes": "900",
+                "memory/memory.usage_in_bytes": "700",
+                "memory/memory.stat": "active_file 1\ninactive_file 1\ntotal_active_file 4\ntotal_inactive_file 6",
+            },
+            210,
+        ),
+    ],
+)
+def test_memory_is_what_machine_and_container_leave(tmp_path: Path, files: dict[str, str], available: int) -> None:
+    meminfo = tmp_path / "meminfo"
+    meminfo.write_text("MemTotal: 9000 kB\nMemAvailable:    8000 kB\n")
+    (tmp_path / "memory").mkdir()
+    for name, text in files.items():
+        (tmp_path / name).write_text(text + "\n")
+
+    assert available_memory(meminfo, tmp_path) == available
+    assert available_memory(tmp_path / "missing", tmp_path / "missing") == 1 << 50

@@ -110,6 +110,7 @@ def test_vit_needs_a_file_that_describes_it(tmp_path: Path, weights: str | None)
         ({**described(), "pixel_mean": "[1, 2]"}, "pixel_mean is not a JSON list of three numbers"),
         ({**described(), "pixel_mean": "[1, 2, NaN]"}, "pixel_mean is not a JSON list of three numbers"),
         ({**described(), "pixel_mean": '["1", 2, 3]'}, "pixel_mean is not a JSON list of three numbers"),
+        ({**described(), "pixel_std": f"[1, 2, {10**400}]"}, "pixel_std is not a JSON list of three numbers"),
         (described(embed_dim=25), "num_heads does not divide embed_dim"),
         (described(depth=3), "its metadata say 3 blocks, it holds 2"),
         (described(depth=65536), "its metadata say 65536 blocks, it holds 2"),

@@ -71,6 +71,17 @@ def test_the_newest_are_kept(tmp_path: Path) -> None:
     assert _step_found(tmp_path) == 10
 
 
+def test_damaged_later_checkpoints_do_not_push_out_good_ones(tmp_path: Path) -> None:
+    for step in (4, 20, 30):
+        (_write(tmp_path, step, keep=3) / "ema.safetensors").write_bytes(b"damaged" if step > 4 else b"")
+    _write(tmp_path, 4)
+
+    _write(tmp_path, 10)
+
+    assert checkpoint_steps(tmp_path) == [4, 10, 20, 30]
+    assert _step_found(tmp_path) == 10
+
+
 def test_writing_a_step_again_replaces_it(tmp_path: Path) -> None:
     path = _write(tmp_path, 2)
     (path / "state.json").write_bytes(b"damaged")

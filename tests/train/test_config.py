@@ -46,6 +46,7 @@ def test_vit_l_has_a_batch_and_rate_of_its_own() -> None:
         ({"warmup_epoch": 3}, "unknown setting 'warmup_epoch'; did you mean warmup_epochs?"),
         ({"zzz": 3}, "unknown setting 'zzz'; it can be one of student, data"),
         ({"epochs": "many"}, "epochs must be int, got 'many'"),
+        ({"seed": 2**62}, "seed must be below 2**62"),
         ({"epochs": 1.5}, "epochs must be int, got 1.5"),
         ({"epochs": True}, "epochs must be int, got True"),
         ({"epochs": 0}, "epochs must be at least 1, got 0"),

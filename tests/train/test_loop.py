@@ -366,6 +366,16 @@ def test_readers_change_nothing(pack: Path, tmp_path: Path, undisturbed: dict[st
     assert _files(tmp_path) == undisturbed
 
 
+def test_a_launchers_accumulation_changes_nothing(
+    pack: Path, tmp_path: Path, undisturbed: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+
+    train(_config(pack, tmp_path))
+
+    assert _files(tmp_path) == undisturbed
+
+
 def test_cutting_the_batch_into_parts_changes_rounding_alone(
     pack: Path, tmp_path: Path, undisturbed: dict[str, bytes]
 ) -> None:
@@ -473,6 +483,10 @@ def test_a_pack_without_the_targets_is_refused(tmp_path: Path) -> None:
         "the cache with --targets cls,patch",
     )
     assert not (tmp_path / "run").exists()
+
+
+def test_a_mask_ratio_that_hides_no_patch_is_refused(pack: Path, tmp_path: Path) -> None:
+    _refused(_config(pack, tmp_path / "run", mask_ratio=0.001), "mask_ratio 0.001 hides no patch of a view")
 
 
 def test_a_batch_larger_than_the_data_is_refused(pack: Path, tmp_path: Path) -> None:

@@ -57,8 +57,8 @@ def make_accelerator(device: str, precision: Precision) -> Accelerator:
     for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM"):
         if os.environ.get(name, "false").lower() in ("1", "true", "yes"):
             raise UsageError(
-                f"{name} is set: students are trained data-parallel only; choose that with `accelerate config`, or start "
-                "the command without a launcher"
+                f"{name} is set: students are trained data-parallel only; choose that with `accelerate config`, or "
+                "start the command without a launcher"
             )
     AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
     GradientState._reset_state()

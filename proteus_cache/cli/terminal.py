@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, NoReturn, ParamSpec, TypeVar
 
 import typer
 
@@ -48,17 +48,13 @@ def command(again: str | None) -> Callable[[Callable[P, R]], Callable[P, R]]:
             except ProteusCacheError as error:
                 fail(_with_notes(error), error.exit_code)
             except KeyboardInterrupt:
-                _end_children()
-                if again is None:
-                    raise typer.Exit(INTERRUPTED) from None
-                fail(f"interrupted; {again}", 1)
+                _leave_interrupted(again)
             except OSError as error:
                 fail(_with_notes(error), 1)
             except (RuntimeError, MemoryError) as error:
                 remedy = _memory_remedy(error)
                 if _is_interruption(error):
-                    _end_children()
-                    fail(f"interrupted; {again}", 1)
+                    _leave_interrupted(again)
                 if remedy is None:
                     raise
                 fail(remedy, 1)
@@ -73,6 +69,13 @@ def command(again: str | None) -> Callable[[Callable[P, R]], Callable[P, R]]:
 
 def _interrupt(number: int, frame: object) -> None:
     raise KeyboardInterrupt
+
+
+def _leave_interrupted(again: str | None) -> NoReturn:
+    _end_children()
+    if again is None:
+        raise typer.Exit(INTERRUPTED) from None
+    fail(f"interrupted; {again}", 1)
 
 
 def _is_interruption(error: BaseException) -> bool:
@@ -106,7 +109,7 @@ def _memory_remedy(error: Exception) -> str | None:
     return None
 
 
-def fail(message: str, exit_code: int) -> None:
+def fail(message: str, exit_code: int) -> NoReturn:
     """Print one error line and leave."""
     complain(message)
     raise typer.Exit(exit_code)
@@ -130,9 +133,11 @@ class _StderrHandler(logging.Handler):
 
 
 def _start_logging() -> None:
-    root = logging.getLogger()
-    if not root.handlers:
-        root.addHandler(_StderrHandler(logging.WARNING))
+    """Show our own warnings; the hub client's are about retries, and what comes of them is said once, by us."""
+    ours = logging.getLogger("proteus_cache")
+    if not ours.handlers:
+        ours.addHandler(_StderrHandler(logging.WARNING))
+    logging.getLogger("huggingface_hub.utils._http").setLevel(logging.ERROR)  # its parent's level is set on import
 
 
 def note(lines: str | Iterable[str]) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import typer
 
-from proteus_cache.cli import ranks
+from proteus_cache.cli import ranks, terminal
 
 _PROGRESS = """
 from proteus_cache.cli import terminal
@@ -116,3 +116,18 @@ def test_a_killed_rank_is_named(capsys: pytest.CaptureFixture[str]) -> None:
 def end_rank(number: int) -> None:
     """Runs in a rank."""
     os.kill(os.getpid(), number)
+
+
+def test_an_interruption_that_python_wrapped_is_still_one(capsys: pytest.CaptureFixture[str]) -> None:
+    @terminal.command("go on")
+    def interrupted_import() -> None:
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt as error:
+            raise RuntimeError("Error calling __set_name__") from error
+
+    with pytest.raises(typer.Exit) as leaving:
+        interrupted_import()
+
+    assert leaving.value.exit_code == 1
+    assert capsys.readouterr().err == "proteus-cache: interrupted; go on\n"

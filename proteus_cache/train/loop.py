@@ -106,7 +106,11 @@ def train(
         run = _prepare(config, pack, order, accelerator, precision)
         first_step = _resume(run) if resume else 0
         accelerator.wait_for_everyone()
-        return _train(run, first_step, progress)
+        result = _train(run, first_step, progress)
+        # All end together. This wait also gives up the interpreter lock, which gloo's threads need to drop the tensors
+        # of the last reduction: a rank that took its process group apart at once would join them while holding it.
+        accelerator.wait_for_everyone()
+        return result
     finally:
         accelerator.end_training()
 

@@ -12,7 +12,7 @@ from proteus_cache.cli import ranks, settings, terminal
 
 if TYPE_CHECKING:
     from proteus_cache.train.config import TrainConfig
-    from proteus_cache.train.progress import Progress
+    from proteus_cache.train.progress import Progress, Rates
 
 _FIELDS = (
     *(
@@ -138,7 +138,7 @@ def _run(chosen: dict[str, Any], gpus: Any, resume: bool, yes: bool, what: str) 
     if count == 1:
         return _train(config, resume)
     ranks.start(count, _train_rank, config, resume)
-    return _outcome(config, None, resume)
+    return _outcome(config, None)
 
 
 def _pack_first(cache: Path, pack: Path, launched: Any) -> None:
@@ -193,16 +193,28 @@ def _train_rank_command(config: TrainConfig, resume: bool) -> dict[str, Any]:
 def _train(config: TrainConfig, resume: bool) -> dict[str, Any]:
     from proteus_cache.train.loop import train
 
+    latest: list[Progress] = []
     with terminal.progress("train", "steps", shown=_is_first()) as update:
 
         def show(at: Progress) -> None:
+            latest[:] = [at]
             update(at.step, at.n_steps, 0)
 
         done = train(config, resume=resume, replace=True, progress=show)
-    return _outcome(config, done, resume)
+    if latest:  # in the first process only
+        terminal.note(_reading_line(latest[0].rates))
+    return _outcome(config, done)
 
 
-def _outcome(config: TrainConfig, done: Any, resume: bool) -> dict[str, Any]:
+def _reading_line(rates: Rates) -> str:
+    """Whether the reader kept up, by the last reading of the rates."""
+    return (
+        f"read      {rates.gb_per_s_got:.3g} GB/s, {rates.gb_per_s_needed:.3g} GB/s keep the device busy; "
+        f"it waited {rates.waiting:.0%} of the time ({rates.views_per_s:,.0f} views/s)"
+    )
+
+
+def _outcome(config: TrainConfig, done: Any) -> dict[str, Any]:
     """How the run stands."""
     from proteus_cache.report.summary import summarise_run
 

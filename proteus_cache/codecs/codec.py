@@ -58,28 +58,31 @@ def codec_for_target(codec: str, target: str) -> str:
     return "float16" if target == "cls" and codec != "float32" else codec
 
 
-def needs_fitting(codec: str) -> bool:
-    """Whether a codec wants calibration tokens."""
-    return codec == "int8"
+def largest_value(codec: str) -> float:
+    """The largest magnitude that a teacher's outputs may have under a codec: float16 is part of all but `float32`."""
+    return torch.finfo(torch.float32 if codec == "float32" else torch.float16).max
 
 
-def make_dense_or_fit(codec: str, shape: tuple[int, ...], tokens: Tensor | None) -> Codec:
-    """A codec by name; `tokens` (n, *shape) float32 are needed where `needs_fitting` says so."""
+def fit_codec(codec: str, tokens: Tensor) -> Codec:
+    """A codec for tokens like these.
+
+    Args:
+        codec: its name.
+        tokens: (n, *shape) float32 of calibration views; codecs without parameters only take the shape.
+
+    Raises:
+        ConfigError: no codec has this name, or there are no tokens to fit one to.
+    """
     from proteus_cache.codecs.dense import DenseCodec
     from proteus_cache.codecs.scalar import Int8Codec
 
     if codec in ("float32", "float16"):
-        return DenseCodec(codec, shape)
-    if codec == "int8":
-        if tokens is None or tokens.shape[0] == 0:
-            raise ConfigError("codec int8 is fitted to calibration views, and there are none")
-        return Int8Codec.fit(tokens)
-    raise ConfigError(f"codec {codec!r} does not exist; choose one of {', '.join(CODEC_NAMES)}")
-
-
-def fit_codec(codec: str, tokens: Tensor) -> Codec:
-    """A codec fitted to calibration tokens (n, *shape) float32; codecs without parameters only take the shape."""
-    return make_dense_or_fit(codec, tuple(tokens.shape[1:]), tokens)
+        return DenseCodec(codec, tuple(tokens.shape[1:]))
+    if codec != "int8":
+        raise ConfigError(f"codec {codec!r} does not exist; choose one of {', '.join(CODEC_NAMES)}")
+    if tokens.shape[0] == 0:
+        raise ConfigError("codec int8 is fitted to calibration views, and there are none")
+    return Int8Codec.fit(tokens)
 
 
 def load_codec(record: CodecRecord, shape: tuple[int, ...], blob: bytes | None) -> Codec:

@@ -12,7 +12,6 @@ from proteus_cache.codecs.codec import Codec
 from proteus_cache.codecs.record import CodecRecord
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16}
-_FLOAT16_MAX = 65504.0
 
 
 class DenseCodec(Codec):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from proteus_cache import tar
-from proteus_cache.codecs.codec import codec_for_target
+from proteus_cache.codecs.codec import codec_for_target, largest_value
 from proteus_cache.devices import use_device
 from proteus_cache.errors import BadImageError, ProteusCacheError
 from proteus_cache.extract.config import DEFAULT_CODEC, ExtractConfig
@@ -27,7 +27,6 @@ from proteus_cache.views.spec import ViewSpec
 logger = logging.getLogger(__name__)
 
 _CALIBRATION_IMAGES = 64
-_FLOAT16_MAX = 65504.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,5 +124,5 @@ def _timed_targets(teacher: Teacher, pixels: Tensor, names: tuple[str, ...]) -> 
 
 
 def _are_usable(tokens: dict[str, Tensor], codec: str) -> bool:
-    limit = torch.finfo(torch.float32).max if codec == "float32" else _FLOAT16_MAX
+    limit = largest_value(codec)
     return all(bool(values.abs().amax() <= limit) for values in tokens.values())

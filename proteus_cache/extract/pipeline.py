@@ -24,7 +24,7 @@ from proteus_cache.cache.layout import PROBE, shard_stem
 from proteus_cache.cache.reader import Cache
 from proteus_cache.cache.receipt import Moments, Quarantined
 from proteus_cache.cache.writer import StoredView, Unit, commit_unit, publish_arrays
-from proteus_cache.codecs.codec import Codec
+from proteus_cache.codecs.codec import Codec, largest_value
 from proteus_cache.errors import ProteusCacheError
 from proteus_cache.extract.planning import PlannedCache
 from proteus_cache.extract.records import decoder_version
@@ -35,7 +35,6 @@ from proteus_cache.views.encode import decode_view
 logger = logging.getLogger(__name__)
 
 _BUFFERS = 2
-_FLOAT16_MAX = 65504.0
 _QUARANTINE_SHARE = 0.001
 _QUARANTINE_LEAST = 10
 
@@ -386,7 +385,7 @@ class _Pipeline:
 
     def _are_usable(self, moments: dict[str, Moments]) -> bool:
         for target in self.manifest.targets:
-            limit = float("inf") if target.codec.name == "float32" else _FLOAT16_MAX
+            limit = largest_value(target.codec.name)
             values = moments[target.name]
             if not (values.absmax <= limit and math.isfinite(values.mean) and math.isfinite(values.mean_square)):
                 return False

@@ -26,7 +26,7 @@ from proteus_cache import storage
 from proteus_cache.cache.layout import CacheLayout
 from proteus_cache.cache.manifest import ImagesRecord, Manifest, TargetRecord
 from proteus_cache.cache.reader import Cache, is_cache, open_cache
-from proteus_cache.codecs.codec import Codec, codec_for_target, load_codec, make_dense_or_fit
+from proteus_cache.codecs.codec import Codec, codec_for_target, fit_codec, load_codec
 from proteus_cache.errors import FormatError, ProteusCacheError, StorageError, UsageError
 from proteus_cache.extract.calibration import Calibration, calibrate
 from proteus_cache.extract.compatibility import check_image_root, check_settings, check_weights
@@ -180,10 +180,7 @@ def _publish_plan(
     )
     root = config.images if os.path.isdir(config.images) else config.images.parent
     calibration = calibrate(config, teacher, spec, root, table, target_names)
-    codecs = {
-        name: make_dense_or_fit(codec_names[name], teacher.target_shape(name), calibration.tokens[name])
-        for name in target_names
-    }
+    codecs = {name: fit_codec(codec_names[name], calibration.tokens[name]) for name in target_names}
     list_bytes = _parquet(table)
     plan_files = {f"{hashlib.sha256(list_bytes).hexdigest()}.parquet": list_bytes}
     for fitted in codecs.values():

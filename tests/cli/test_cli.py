@@ -127,6 +127,7 @@ def test_train_takes_the_only_cache_in_home_and_packs_it(
 
     assert "packing" in first.stderr
     assert "packing" not in second.stderr
+    assert "GB/s keep the device busy" in first.stderr
     assert "resumes   after step 1" in second.stderr
     assert "step 2" in second.stdout
     assert (tmp_path / "runs" / "vit_ti14" / "student.safetensors").is_file()

@@ -4,7 +4,7 @@
 own_bin := parent_directory(just_executable())
 bin := if path_exists(own_bin / "python") == "true" { own_bin + "/" } else { "" }
 python := bin + "python"
-sources := "proteus_cache tests pipelines benchmarks"
+sources := "proteus_cache tests pipelines benchmarks docs"
 
 _default:
     @{{ quote(just_executable()) }} --justfile {{ quote(justfile()) }} --list --unsorted
@@ -27,11 +27,15 @@ types:
 test *args:
     {{ python }} -m pytest {{ args }}
 
-# What to run before a commit: format, style, types and the tests that are not slow
-check: lint types
+# Build the documentation into docs/_build/html; a warning is an error
+docs:
+    {{ python }} -m sphinx -W --keep-going -q -b html -d docs/_build/doctrees docs docs/_build/html
+
+# What to run before a commit: format, style, types, documentation and the tests that are not slow
+check: lint types docs
     {{ python }} -m pytest -q -m "not slow"
 
-# Exactly what CI runs: a fresh environment, style, types and the README's test command
+# Exactly what CI runs: a fresh environment, style, types, documentation and the README's test command
 ci:
     .ci/run
 
@@ -39,6 +43,6 @@ ci:
 bench:
     for script in benchmarks/*.py; do echo "== $script"; {{ python }} -m benchmarks.$(basename "$script" .py) || exit 1; done
 
-# The main job, end to end, on 200 small images made here (under three minutes)
-first-run *args:
-    {{ python }} pipelines/first_run.py {{ args }}
+# The demo: the whole way on images drawn here; what the README's first command runs
+demo *args:
+    {{ python }} -m proteus_cache demo {{ args }}

@@ -1,7 +1,7 @@
 """The error tree: what can go wrong, and with which exit code a command then ends.
 
 Every error that a user can cause or meet descends from `ProteusCacheError`; its message names the file or
-sample, what is wrong and what to do. Anything else that escapes a command is a bug of ours.
+sample, what is wrong and what to do. Anything else that escapes a command is a bug of ours. The tree, with exit codes::
 
     ProteusCacheError            1  failed
       UsageError                 2  misused: a wrong flag, folder or combination

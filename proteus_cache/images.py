@@ -77,7 +77,9 @@ def list_images(source: Path) -> ImageListing:
     elif is_list:
         root, rows, classes = source.parent, _list_lines(source), None
     elif exists:
-        raise ImageListError(f"{source}: neither a folder of images nor a list whose name ends in .txt")
+        raise ImageListError(
+            f"{source}: neither a folder of images nor a list whose name ends in .txt; give one of these with --images"
+        )
     else:
         raise ImageListError(f"{source}: no such folder or list of images; give one with --images")
     return ImageListing(root, _as_table(source, sorted(rows, key=lambda row: row[0])), classes)

@@ -6,6 +6,7 @@ started. Nothing here needs torch.
 
 from __future__ import annotations
 
+import logging
 import math
 import multiprocessing
 import multiprocessing.connection
@@ -23,6 +24,9 @@ from pathlib import Path
 
 _POLL_S = 0.5
 _GRACE_S = 20.0
+_ASK_AGAIN_S = 5.0
+"""Python drops an exception that a signal handler raises inside a callback of the interpreter, as in an import."""
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,12 +149,12 @@ def free_port() -> int:
     return port
 
 
-def start_ranks(count: int, target: Callable[..., None], *args: object) -> int:
+def start_ranks(count: int, target: Callable[..., None], *args: object, patience_s: float = _GRACE_S) -> int:
     """Run `target(*args)` in `count` fresh processes with the environment that torchrun would give them.
 
-    SIGINT and SIGTERM reach the ranks as one SIGTERM; when one rank fails the others are told to stop, and killed
-    when they have not ended after 20 s. `target` must be importable and its arguments picklable (they never leave this
-    machine).
+    SIGINT and SIGTERM reach the ranks as one SIGTERM; those that have not ended after `patience_s`, or by a second
+    SIGINT, are killed. When one rank fails the others are told to stop, and killed after 20 s. `target` must be
+    importable and its arguments picklable (they never leave this machine).
 
     Returns:
         0, or the exit status of the first rank that failed.
@@ -164,23 +168,23 @@ def start_ranks(count: int, target: Callable[..., None], *args: object) -> int:
         context.Process(target=_run_rank, args=(rank, count, port, target, args), name=f"rank-{rank}")
         for rank in range(count)
     ]
-    interrupted = threading.Event()
+    heard: list[int] = []
     previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     for number in previous:
-        signal.signal(number, lambda *_: interrupted.set())
+        signal.signal(number, lambda number, _: heard.append(number))
     try:
         with _deaf_to_ctrl_c():
             for rank in ranks:
                 rank.start()
-        status = _wait(ranks, interrupted)
+        status = _wait(ranks, heard, patience_s)
     finally:
         for rank in ranks:
             if rank.is_alive():
                 rank.kill()
         for number, handler in previous.items():
             signal.signal(number, handler)
-    if status != 0 and interrupted.is_set():
-        raise KeyboardInterrupt
+    if status != 0 and heard:
+        raise KeyboardInterrupt(signal.Signals(heard[0]).name)
     return status
 
 
@@ -197,21 +201,32 @@ def _run_rank(rank: int, count: int, port: int, target: Callable[..., None], arg
     target(*args)
 
 
-def _wait(ranks: list[multiprocessing.context.SpawnProcess], interrupted: threading.Event) -> int:
-    """Wait for all ranks; stop the others once one failed or the user interrupted."""
+def _wait(ranks: list[multiprocessing.context.SpawnProcess], heard: list[int], patience_s: float) -> int:
+    """Wait for all ranks; stop the others once one failed or the user interrupted.
+
+    Args:
+        ranks: started.
+        heard: numbers of the signals that came, filled by handlers.
+        patience_s: given to ranks that are interrupted.
+    """
     failed: int | None = None
+    ask_again = 0.0
     deadline: float | None = None
     while running := [rank for rank in ranks if rank.is_alive()]:
         multiprocessing.connection.wait([rank.sentinel for rank in running], timeout=_POLL_S)
         codes = [rank.exitcode for rank in ranks if rank.exitcode]
         if failed is None and codes:
             failed = codes[0]
-        if deadline is None and (failed is not None or interrupted.is_set()):
-            deadline = time.monotonic() + _GRACE_S
+        if deadline is None and (failed is not None or heard):
+            deadline = time.monotonic() + (_GRACE_S if failed is not None else patience_s)
+            if failed is None:
+                _log.warning("stopping %d processes; a second Ctrl-C ends them at once", len(running))
+        if deadline is not None and time.monotonic() >= ask_again:
+            ask_again = time.monotonic() + _ASK_AGAIN_S
             for rank in running:
                 if rank.is_alive():
                     rank.terminate()
-        if deadline is not None and time.monotonic() > deadline:
+        if deadline is not None and (time.monotonic() > deadline or heard.count(signal.SIGINT) > 1):
             for rank in running:
                 rank.kill()
     codes = [rank.exitcode for rank in ranks if rank.exitcode]

@@ -27,6 +27,7 @@ _FULL = {errno.ENOSPC, errno.EDQUOT}
 _REMEDIES = {
     errno.EACCES: "make it writable for this user, or give another folder",
     errno.EPERM: "make it writable for this user, or give another folder (one whose file system knows hard links)",
+    errno.EEXIST: "a file stands where a folder is needed: give another folder",
     errno.ENOTDIR: "a file stands where a folder is needed: give another folder",
     errno.EROFS: "it is mounted read-only: give another folder",
     errno.EOPNOTSUPP: "give a folder on a file system that knows hard links",

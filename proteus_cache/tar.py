@@ -49,6 +49,11 @@ def padded(size: int) -> int:
     return -(-size // BLOCK) * BLOCK
 
 
+def member_bytes(size: int) -> int:
+    """What a member of `size` bytes takes in a tar: header, data, padding."""
+    return BLOCK + padded(size)
+
+
 def header(name: str, size: int) -> bytes:
     """The 512 bytes before a member's data."""
     if MEMBER_NAME.match(name) is None or not 0 <= size <= MAX_MEMBER_BYTES:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from proteus_cache import storage
+from proteus_cache import storage, stores
 from proteus_cache.cache.reader import is_cache, open_cache
 from proteus_cache.errors import ProteusCacheError, UsageError
 from proteus_cache.pack.reader import is_pack, open_pack
@@ -60,16 +60,10 @@ def default_pack(home: Path, cache: Path) -> Path:
 
 
 def _from_folder(home: Path, path: Path) -> TrainingData:
-    if path.exists() and not path.is_dir():
-        raise UsageError(f"{path}: is a file; give the folder of a pack or a cache with --data")
     if is_pack(path):
         return TrainingData(path, None)
     if not is_cache(path):
-        raise UsageError(
-            f"{path}: neither a pack nor a cache; give a folder that `proteus-cache pack` or `extract` wrote"
-            if path.exists()
-            else f"{path}: no such folder; give a pack or a cache with --data"
-        )
+        raise UsageError(stores.wrong_folder(path, "pack", "cache") + "; --data names it")
     pack = default_pack(home, path)
     return TrainingData(pack, None if is_pack(pack) else path)
 

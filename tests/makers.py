@@ -36,11 +36,11 @@ def make_images(folder: Path, n_images: int, n_classes: int = 3, seed: int = 0) 
     return folder
 
 
-def make_teacher(path: Path, seed: int = 0) -> Path:
+def make_teacher(path: Path, seed: int = 0, size_px: int = SIZE_PX, patch_px: int = PATCH_PX) -> Path:
     """A tiny ViT with random weights, in the format of `--teacher vit --weights FILE`."""
     architecture = {
-        "img_size": SIZE_PX,
-        "patch_size": PATCH_PX,
+        "img_size": size_px,
+        "patch_size": patch_px,
         "embed_dim": WIDTH,
         "depth": DEPTH,
         "num_heads": 2,

@@ -28,23 +28,28 @@ def _pins() -> dict[str, str]:
 
 
 NEEDED = [_name(requirement) for requirement in PROJECT["dependencies"]]
-DEVELOPMENT = [_name(requirement) for requirement in PROJECT["optional-dependencies"]["dev"]]
+DOCUMENTATION = [_name(requirement) for requirement in PROJECT["optional-dependencies"]["docs"]]
+DEVELOPMENT = [_name(text) for text in PROJECT["optional-dependencies"]["dev"] if text != "proteus-cache[docs]"]
 
 
 def test_every_dependency_has_a_reason() -> None:
     sections = (ROOT / "docs" / "dependencies.md").read_text().split("\n## ")
     tables = [
-        re.findall(r"^\| ([A-Za-z0-9][A-Za-z0-9-]*) \|", section, flags=re.MULTILINE) for section in sections[1:3]
+        re.findall(r"^\| ([A-Za-z0-9][A-Za-z0-9-]*) \|", section, flags=re.MULTILINE) for section in sections[1:4]
     ]
 
     listed = [sorted(_name(name) for name in names if name != "Package") for names in tables]
 
-    assert listed == [sorted(NEEDED), sorted(DEVELOPMENT)]
+    assert listed == [sorted(NEEDED), sorted(DEVELOPMENT), sorted(DOCUMENTATION)]
+
+
+def test_developing_includes_building_the_documentation() -> None:
+    assert "proteus-cache[docs]" in PROJECT["optional-dependencies"]["dev"]
 
 
 def test_every_dependency_is_pinned_with_what_it_needs_here() -> None:
     pins = _pins()
-    unseen, missing = {*NEEDED, *DEVELOPMENT}, set()
+    unseen, missing = {*NEEDED, *DEVELOPMENT, *DOCUMENTATION}, set()
     seen: set[str] = set()
     while unseen:
         name = unseen.pop()

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from proteus_cache import storage, tar
+from proteus_cache import storage, stores, tar
 from proteus_cache.cache import zarr_arrays
 from proteus_cache.cache.layout import PROBE, CacheLayout, is_view, shard_of_receipt, views_tar, zarr_shard
 from proteus_cache.cache.manifest import Manifest, TargetRecord
@@ -45,7 +45,7 @@ class CacheSample:
 
 def is_cache(path: Path) -> bool:
     """Whether `path` holds a cache's manifest."""
-    return storage.size_of(path / "manifest.json") is not None
+    return path.is_dir() and storage.size_of(path / "manifest.json") is not None
 
 
 def open_cache(path: str | Path) -> Cache:
@@ -56,11 +56,8 @@ def open_cache(path: str | Path) -> Cache:
         DamageError: its manifest is damaged.
     """
     layout = CacheLayout(Path(path))
-    if not layout.root.is_dir():
-        raise UsageError(f"{layout.root}: no such folder; give the folder that `proteus-cache extract` wrote")
     if not is_cache(layout.root):
-        what = "a pack" if (layout.root / "pack.json").exists() else "no cache (it has no manifest.json)"
-        raise UsageError(f"{layout.root}: this is {what}; give the folder that `proteus-cache extract` wrote")
+        raise UsageError(stores.wrong_folder(layout.root, "cache"))
     data = storage.read_bytes(layout.manifest, MAX_DOCUMENT_BYTES)
     return Cache(layout, Manifest.parse(data, str(layout.manifest)), digest_of(data))
 

@@ -35,7 +35,7 @@ class Finding:
 
 
 def verify_cache(
-    path: str | Path, read_data: bool = False, progress: Callable[[int, int], None] | None = None
+    path: str | Path, read_data: bool = False, progress: Callable[[int, int, int], None] | None = None
 ) -> list[Finding]:
     """Check a cache; an empty list means that nothing is wrong.
 
@@ -43,7 +43,7 @@ def verify_cache(
         path: the cache's folder.
         read_data: read every file and check every digest and checksum, view pixels included; otherwise structure,
             names and sizes.
-        progress: called with (units done, units in all).
+        progress: called with (units done, units in all, bytes read of them).
 
     Raises:
         UsageError: there is no cache at `path`.
@@ -54,10 +54,14 @@ def verify_cache(
     known = {"manifest.json", "images.parquet"}
     known |= {f"codec/{t.codec.parameters}.safetensors" for t in cache.manifest.targets if t.codec.parameters}
     units = [(view, shard) for view in cache.views() for shard in cache.units(view)]
+    n_bytes = 0
     for done, (view, shard) in enumerate(units):
         findings += _unit(cache, view, shard, known, read_data)
+        if read_data:
+            files = map(cache.layout.resolve, cache.unit_files(view, shard))
+            n_bytes += sum(storage.size_of(file) or 0 for file in files)
         if progress is not None:
-            progress(done + 1, len(units))
+            progress(done + 1, len(units), n_bytes)
     return findings + list(_unknown_files(cache, known))
 
 

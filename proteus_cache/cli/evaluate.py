@@ -7,12 +7,14 @@ from typing import Annotated
 
 import typer
 
-from proteus_cache.cli import settings, terminal
+from proteus_cache.cli import complete, settings, terminal
+
+_MACHINE = "Machine"
 
 
-@terminal.command("eval keeps nothing: run it again")
+@terminal.command("eval keeps nothing; to repeat it", go_on=())
 def evaluate_command(
-    run: Annotated[Path, typer.Argument(help="A finished run.")],
+    run: Annotated[Path, typer.Argument(help="A finished run.", autocompletion=complete.stores("run"))],
     images: Annotated[
         Path | None,
         typer.Option(
@@ -20,14 +22,29 @@ def evaluate_command(
             "Default: $PROTEUS_IMAGES, else imagenet/train."
         ),
     ] = None,
-    protocol: Annotated[str, typer.Option(help="knn: k nearest neighbours on CLS, as DINOv2 does it.")] = "knn",
-    teacher: Annotated[str | None, typer.Option(help="A teacher to compare with. Default: none.")] = None,
+    protocol: Annotated[
+        str,
+        typer.Option(help="knn: k nearest neighbours on CLS, as DINOv2 does it.", autocompletion=complete.protocols),
+    ] = "knn",
+    teacher: Annotated[
+        str | None,
+        typer.Option(help="A teacher to compare with. Default: none.", autocompletion=complete.teachers),
+    ] = None,
     weights: Annotated[str | None, typer.Option(help="Its weights, as for extract.")] = None,
     seed: Annotated[int, typer.Option(help="Of the split of images that come without parts.")] = 0,
-    batch_size: Annotated[int, typer.Option(help="Images in a forward.")] = 256,
-    workers: Annotated[int | None, typer.Option(help="Threads that read images. Default: the usable cores.")] = None,
-    device: Annotated[str | None, typer.Option(help="cuda or cpu. Default: the best there is.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the scores as JSON.")] = False,
+    batch_size: Annotated[int, typer.Option(help="Images in a forward.", rich_help_panel=_MACHINE)] = 256,
+    workers: Annotated[
+        int | None,
+        typer.Option(help="Threads that read images. Default: the usable cores.", rich_help_panel=_MACHINE),
+    ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            help="cuda or cpu. Default: the best there is.", autocompletion=complete.devices, rich_help_panel=_MACHINE
+        ),
+    ] = None,
+    as_json: terminal.Json = False,
+    quiet: terminal.Quiet = False,
 ) -> None:
     """Score a student on labelled images, beside its average, the untrained student and a teacher.
 
@@ -48,6 +65,6 @@ def evaluate_command(
             batch_size=batch_size,
             workers=workers,
             device=device,
-            progress=lambda done, total: update(done, total, 0),
+            progress=update,
         )
     terminal.result(as_json, report.to_json(), [report_table(report)])

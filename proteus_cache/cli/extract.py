@@ -7,79 +7,137 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from proteus_cache.cli import ranks, settings, terminal
+from proteus_cache.cli import complete, ranks, settings, terminal
 
 if TYPE_CHECKING:
     from proteus_cache.extract.config import ExtractConfig
 
 _FIELDS = (
-    *(
-        "teacher",
-        "weights",
-        "images",
-        "out",
-        "views",
-        "targets",
-        "codec",
-        "augment",
-        "size",
-        "view_format",
-        "seed",
-    ),
+    *("teacher", "weights", "images", "out", "views", "targets", "codec", "augment", "size", "view_format", "seed"),
     *("shard_size", "probe_images", "batch_size", "workers", "precision", "device", "gpus", "limit"),
 )
-_AGAIN = "finished units are kept: run the same command again to go on"
+_WHAT = "Teacher and images"
+_VIEWS = "Views"
+_CACHE = "Cache"
+_MACHINE = "Machine"
 
 
-@terminal.command(_AGAIN)
+@terminal.command("finished units are kept; to go on", go_on=())
 def extract_command(
-    config: Annotated[Path | None, typer.Option(help="YAML file with any of these settings.")] = None,
     teacher: Annotated[
         str | None,
-        typer.Option(help="dinov2_vits14, _vitb14, _vitl14, _vitg14 (or _reg), timm:NAME, or vit."),
+        typer.Option(
+            help="dinov2_vits14, _vitb14, _vitl14, _vitg14 (or _reg), demo, timm:NAME, or vit.",
+            autocompletion=complete.teachers,
+            rich_help_panel=_WHAT,
+        ),
     ] = None,
     weights: Annotated[
         str | None,
-        typer.Option(help="A .safetensors or .pth file, or random:SEED. Default: the official ones."),
+        typer.Option(
+            help="A .safetensors or .pth file, or random:SEED. Default: the official ones.", rich_help_panel=_WHAT
+        ),
     ] = None,
     images: Annotated[
         Path | None,
         typer.Option(
-            help="Class folders, a flat folder or a .txt list. Default: $PROTEUS_IMAGES, else imagenet/train."
+            help="Class folders, a flat folder or a .txt list. Default: $PROTEUS_IMAGES, else imagenet/train.",
+            rich_help_panel=_WHAT,
         ),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="The cache. Default: $PROTEUS_HOME/caches/TEACHER.")] = None,
-    views: Annotated[int | None, typer.Option(help="Augmented views of each image. Default: 4.")] = None,
-    targets: Annotated[str | None, typer.Option(help="Any of cls, patch, block.N. Default: cls,patch.")] = None,
-    codec: Annotated[str | None, typer.Option(help="float32, float16 or int8. Default: int8.")] = None,
-    augment: Annotated[str | None, typer.Option(help="deit or none. Default: deit.")] = None,
-    size: Annotated[int | None, typer.Option(help="Side of a view in pixels. Default: the teacher's.")] = None,
-    view_format: Annotated[str | None, typer.Option(help="jpeg or png. Default: jpeg.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of views, order and shards. Default: 0.")] = None,
-    shard_size: Annotated[int | None, typer.Option(help="Images in a shard. Default: 1024.")] = None,
+    targets: Annotated[
+        str | None,
+        typer.Option(
+            help="Any of cls, patch, block.N. Default: cls,patch.",
+            autocompletion=complete.targets,
+            rich_help_panel=_WHAT,
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(help="Take this many images, mixed over classes. Default: all.", rich_help_panel=_WHAT),
+    ] = None,
+    views: Annotated[
+        int | None, typer.Option(help="Augmented views of each image. Default: 4.", rich_help_panel=_VIEWS)
+    ] = None,
+    augment: Annotated[
+        str | None,
+        typer.Option(help="deit or none. Default: deit.", autocompletion=complete.augments, rich_help_panel=_VIEWS),
+    ] = None,
+    size: Annotated[
+        int | None, typer.Option(help="Side of a view in pixels. Default: the teacher's.", rich_help_panel=_VIEWS)
+    ] = None,
+    view_format: Annotated[
+        str | None,
+        typer.Option(help="jpeg or png. Default: jpeg.", autocompletion=complete.view_formats, rich_help_panel=_VIEWS),
+    ] = None,
     probe_images: Annotated[
         int | None,
         typer.Option(
-            help="Images that get one more view, never trained on. Default: 4096 from 16,384 images on, else 0."
+            help="Images that get one more view, never trained on. Default: 4096 from 16,384 images on, else 0.",
+            rich_help_panel=_VIEWS,
         ),
     ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Of views, order and shards. Default: 0.", rich_help_panel=_VIEWS)
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="The cache. Default: $PROTEUS_HOME/caches/TEACHER, where PROTEUS_HOME is ./proteus unless set.",
+            rich_help_panel=_CACHE,
+        ),
+    ] = None,
+    codec: Annotated[
+        str | None,
+        typer.Option(
+            help="float32, float16 or int8. Default: int8.", autocompletion=complete.codecs, rich_help_panel=_CACHE
+        ),
+    ] = None,
+    shard_size: Annotated[
+        int | None, typer.Option(help="Images in a shard. Default: 1024.", rich_help_panel=_CACHE)
+    ] = None,
     batch_size: Annotated[
-        int | None, typer.Option(help="Views in one forward of the teacher. Default: 64 on GPUs, 16 else.")
+        int | None,
+        typer.Option(
+            help="Views in one forward of the teacher. Default: 64 on GPUs, 16 else.", rich_help_panel=_MACHINE
+        ),
     ] = None,
     workers: Annotated[
-        int | None, typer.Option(help="Rendering processes of each process. Default: by the usable cores.")
+        int | None,
+        typer.Option(
+            help="Rendering processes of each process. Default: by the usable cores.", rich_help_panel=_MACHINE
+        ),
     ] = None,
-    precision: Annotated[str | None, typer.Option(help="fp32, fp16 or bf16. Default: fp16 on GPUs, fp32 else.")] = None,
-    device: Annotated[str | None, typer.Option(help="cuda or cpu. Default: the GPUs there are.")] = None,
+    precision: Annotated[
+        str | None,
+        typer.Option(
+            help="fp32, fp16 or bf16. Default: fp16 on GPUs, fp32 else.",
+            autocompletion=complete.precisions,
+            rich_help_panel=_MACHINE,
+        ),
+    ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            help="cuda or cpu. Default: the GPUs there are.", autocompletion=complete.devices, rich_help_panel=_MACHINE
+        ),
+    ] = None,
     gpus: Annotated[
-        int | None, typer.Option(help="Processes: GPUs to use (default: all), or CPU processes with --device cpu.")
+        int | None,
+        typer.Option(
+            help="Processes: GPUs to use (default: all), or CPU processes with --device cpu.", rich_help_panel=_MACHINE
+        ),
     ] = None,
-    limit: Annotated[int | None, typer.Option(help="Take this many images, mixed over classes. Default: all.")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="YAML file with any of these settings; flags win over it.")
+    ] = None,
     plan_only: Annotated[bool, typer.Option("--plan-only", help="Plan, publish the manifest, and leave.")] = False,
     yes: Annotated[
         bool, typer.Option("--yes", help="Agree to removals; extract never removes, so it never asks.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    as_json: terminal.Json = False,
+    quiet: terminal.Quiet = False,
 ) -> None:
     """Run the teacher over augmented views of images and write a cache. Run it again to resume.
 
@@ -91,7 +149,7 @@ def extract_command(
     n_processes = chosen.pop("gpus", None)
     ranks.check_asked(n_processes)
     outcome = _run(_config(chosen), n_processes, plan_only)
-    terminal.result(as_json, outcome, _lines(outcome))
+    terminal.result(as_json, outcome, _lines(outcome), _next_step(outcome))
 
 
 def _usage(message: str) -> Exception:
@@ -191,15 +249,18 @@ def _summary(config: ExtractConfig, measured: dict[str, Any]) -> dict[str, Any]:
 
 def _lines(outcome: dict[str, Any]) -> list[str]:
     if "plan" in outcome:
-        return [
-            f"planned {outcome['cache']}",
-            "next: the same command without --plan-only, on as many machines as you like",
-        ]
+        return [f"planned {outcome['cache']}"]
     n_indices = len(outcome["views"])
     views = f"{outcome['n_stored_views']:,} views in {n_indices} view {'index' if n_indices == 1 else 'indices'}"
     state = "" if outcome["is_complete"] else f", {outcome['units_left']} units left to other processes"
     quarantined = f", {outcome['n_quarantined']} images quarantined" if outcome["n_quarantined"] else ""
-    return [
-        f"cache {outcome['path']}: {views}{quarantined}{state}",
-        f"next: proteus-cache train --student vit_s14 --data {outcome['path']}",
-    ]
+    return [f"cache {outcome['path']}: {views}{quarantined}{state}"]
+
+
+def _next_step(outcome: dict[str, Any]) -> str | None:
+    from proteus_cache.next_steps import train_on
+
+    if "plan" in outcome:
+        same = terminal.again_command(without="--plan-only")
+        return same or "the same command without --plan-only, on as many machines as you like"
+    return train_on(outcome) if outcome["is_complete"] else None

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from proteus_cache.cli import settings, terminal
+from proteus_cache.cli import complete, settings, terminal
 from proteus_cache.errors import UsageError
 from proteus_cache.plan import human_bytes
 
@@ -18,25 +18,35 @@ if TYPE_CHECKING:
 _MOST_VIEWS = 10_000
 
 
-@terminal.command("finished tars are kept: run the same command again to go on")
+@terminal.command("finished tars are kept; to go on", go_on=())
 def pack_command(
-    cache: Annotated[Path, typer.Argument(help="The cache.")],
+    cache: Annotated[Path, typer.Argument(help="The cache.", autocompletion=complete.stores("cache"))],
     out: Annotated[Path | None, typer.Option(help="The pack. Default: $PROTEUS_HOME/packs/CACHE_ID.")] = None,
     views: Annotated[
         str | None,
         typer.Option(help="A number (the first so many view indices) or names: v000,v002. Default: all."),
     ] = None,
-    targets: Annotated[str | None, typer.Option(help="Which to keep. Default: all.")] = None,
-    codec: Annotated[str | None, typer.Option(help="Encode anew with float32, float16 or int8.")] = None,
+    targets: Annotated[
+        str | None, typer.Option(help="Which to keep. Default: all.", autocompletion=complete.targets)
+    ] = None,
+    codec: Annotated[
+        str | None,
+        typer.Option(
+            help="Encode anew with float32, float16 or int8. Default: the cache's.", autocompletion=complete.codecs
+        ),
+    ] = None,
     move: Annotated[bool, typer.Option("--move", help="Remove each unit from the cache once it is packed.")] = False,
     workers: Annotated[int | None, typer.Option(help="Units packed at a time. Default: the usable cores.")] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Agree to --move without being asked.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    as_json: terminal.Json = False,
+    quiet: terminal.Quiet = False,
 ) -> None:
     """Pack a cache into WebDataset tars with an index, for training and for other people.
 
-    Example: proteus-cache pack proteus/caches/dinov2_vitg14 --out /fast/dinov2_vitg14
+    Example: proteus-cache pack proteus/caches/dinov2_vitg14
     """
+    from proteus_cache.next_steps import train_on
+    from proteus_cache.report.summary import summarise_pack
     from proteus_cache.workspace import default_pack
 
     if workers is not None and workers < 1:
@@ -52,11 +62,9 @@ def pack_command(
         workers=workers,
     )
     moved = f", {report.units_moved} units moved out of the cache" if report.units_moved else ""
-    lines = [
-        f"pack {report.path}: {report.n_samples:,} views, {human_bytes(report.bytes)}{moved}",
-        f"next: proteus-cache train --student vit_s14 --data {report.path}",
-    ]
-    terminal.result(as_json, asdict(report) | {"path": str(report.path)}, lines)
+    lines = [f"pack {report.path}: {report.n_samples:,} views, {human_bytes(report.bytes)}{moved}"]
+    next_step = train_on(summarise_pack(report.path))
+    terminal.result(as_json, asdict(report) | {"path": str(report.path)}, lines, next_step)
 
 
 def _views(value: str | None, cache: Path) -> list[str] | None:
@@ -90,4 +98,4 @@ def pack_with_progress(
     if plan.move:
         terminal.confirm(f"{cache}: remove every unit from the cache once it is packed?", yes)
     with terminal.progress("pack", "units") as update:
-        return run_pack(plan, workers=n_workers, progress=lambda done, total: update(done, total, 0))
+        return run_pack(plan, workers=n_workers, progress=update)

@@ -8,7 +8,7 @@ from typing import Any
 
 import typer
 
-from proteus_cache.cli import terminal
+from proteus_cache.cli import look, terminal
 
 
 def count_of(device: str | None, asked: Any) -> int:
@@ -23,9 +23,12 @@ def count_of(device: str | None, asked: Any) -> int:
     """
     import torch
 
+    from proteus_cache.devices import best_device
     from proteus_cache.errors import UsageError
 
     check_asked(asked)
+    if device is not None:
+        best_device(device)  # before weights are read or downloaded for one that does not exist
     if device == "cpu" or (device is None and not torch.cuda.is_available()):
         return asked or 1
     visible = torch.cuda.device_count()
@@ -54,8 +57,14 @@ def _why_one(device: str | None, visible: int) -> str:
     return "that is one GPU; leave one of the two out" if visible else "torch sees no GPU here; try --device cpu"
 
 
-def start(count: int, target: Callable[..., None], *args: object) -> None:
-    """Run `target(*args)` in `count` processes and wait for them.
+def start(count: int, target: Callable[..., None], *args: object, patience_s: float = 20.0) -> None:
+    """Run `target(*args)` in `count` processes and wait for them; they are as quiet as this one.
+
+    Args:
+        count: how many.
+        target: what each of them runs.
+        args: its arguments.
+        patience_s: how long they may take to end after Ctrl-C or SIGTERM. A second Ctrl-C ends them at once.
 
     Raises:
         KeyboardInterrupt: Ctrl-C or SIGTERM ended them.
@@ -65,9 +74,14 @@ def start(count: int, target: Callable[..., None], *args: object) -> None:
 
     # OpenMP reads this while torch is loaded, so before a rank can set it. Without it every rank takes every core.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // count)))
-    status = start_ranks(count, target, *args)
+    status = start_ranks(count, _run_rank, look.is_quiet(), target, args, patience_s=patience_s)
     if status not in (0, 1, 2):
         how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
         terminal.complain(f"one of {count} processes {how}, and the others were stopped; run the same command again")
     if status != 0:
         raise typer.Exit(2 if status == 2 else 1)
+
+
+def _run_rank(is_quiet: bool, target: Callable[..., None], args: tuple[object, ...]) -> None:
+    with look.quiet(is_quiet):
+        target(*args)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 from pathlib import Path
 from typing import Any
 
+from proteus_cache import stores
+from proteus_cache.choices import unknown
 from proteus_cache.errors import ConfigError, UsageError
 
 _MAX_CONFIG_BYTES = 1 << 20
@@ -34,12 +35,12 @@ def images(given: Path | None, purpose: str = "extract") -> Path:
     """The image folder: given, else PROTEUS_IMAGES, else ./imagenet/train.
 
     Raises:
-        UsageError: there is none.
+        UsageError: there is none, or it is a cache, pack or run.
     """
     if given is not None:
-        return given
+        return _photographs(given)
     if os.environ.get("PROTEUS_IMAGES"):
-        return Path(os.environ["PROTEUS_IMAGES"]).expanduser()
+        return _photographs(Path(os.environ["PROTEUS_IMAGES"]).expanduser())
     default = Path("imagenet/train")
     if default.is_dir():
         return default
@@ -47,6 +48,14 @@ def images(given: Path | None, purpose: str = "extract") -> Path:
         f"no images to {purpose}: say where they are with --images DIR, or set PROTEUS_IMAGES "
         f"(neither is set, and there is no folder {default})"
     )
+
+
+def _photographs(path: Path) -> Path:
+    """`path`, unless it is a store."""
+    kind = stores.kind_of(path)
+    if kind is not None and not stores.holds_images(path):
+        raise UsageError(f"{path}: is a {kind}; --images takes the photographs: class folders, a folder or a .txt list")
+    return path
 
 
 def folder_name(name: str) -> str:
@@ -77,7 +86,7 @@ def read_config(path: Path | None, known: tuple[str, ...] | None = None) -> dict
             raise ConfigError(f"{path}: YAML aliases are not accepted")
         value = yaml.safe_load(text)
     except OSError as error:
-        raise ConfigError(f"{path}: cannot read the config: {error.strerror}") from error
+        raise ConfigError(f"{path}: cannot read the config: {error.strerror}; --config names a YAML file") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from error
     if value is None:  # empty, or nothing but comments
@@ -87,9 +96,7 @@ def read_config(path: Path | None, known: tuple[str, ...] | None = None) -> dict
     settings = {str(key).replace("-", "_"): setting for key, setting in value.items()}
     for key in settings:
         if known is not None and key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"it can hold {', '.join(known)}"
-            raise ConfigError(f"{path}: unknown setting {key!r}; {hint}")
+            raise ConfigError(f"{path}: {unknown('setting', key, known)}")
     return settings
 
 

@@ -1,6 +1,6 @@
-"""What a person sees: plans and progress on stderr, results on stdout, errors as one line.
+"""What a person sees: plans, progress and advice on stderr, results on stdout, errors as one line.
 
-Progress shows only where stderr is a terminal. With `--json` the result is one JSON object on stdout.
+With `--json` the result is one JSON object on stdout. With `--quiet` stderr holds errors and warnings only.
 """
 
 from __future__ import annotations
@@ -8,80 +8,153 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import math
 import multiprocessing
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NoReturn, ParamSpec, TypeVar
+from contextvars import ContextVar
+from typing import Annotated, Any, NoReturn, ParamSpec, Self, TypeAlias, TypeVar
 
 import typer
 
+from proteus_cache.cli import forget_interruption, look
+from proteus_cache.cli.look import printable as printable
+from proteus_cache.cli.progress import Update as Update
+from proteus_cache.cli.progress import progress as progress
+from proteus_cache.cli.progress import say
 from proteus_cache.errors import ProteusCacheError, StorageError, UsageError
-from proteus_cache.plan import human_bytes
+from proteus_cache.next_steps import command_line
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
+OUTPUT = "Output"
+"""Panel of the options that every command has."""
+Json: TypeAlias = Annotated[
+    bool, typer.Option("--json", help="Print the result as one JSON object.", rich_help_panel=OUTPUT)
+]
+Quiet: TypeAlias = Annotated[
+    bool,
+    typer.Option("--quiet", "-q", help="No plan, progress or advice: errors and the result.", rich_help_panel=OUTPUT),
+]
+"""Every command takes it as `quiet`; `command` acts on it."""
+
+_JUST_NOW_S = 10.0
 INTERRUPTED = 130
 """Exit code of a rank that was interrupted."""
-_RATE_PERIOD_S = 300.0
-"""The time left follows the rate of so many seconds: a step of a large student takes longer than rich's 30."""
+
+_arguments: ContextVar[tuple[str, ...] | None] = ContextVar("arguments", default=None)
 
 
-def command(again: str | None) -> Callable[[Callable[P, R]], Callable[P, R]]:
+@contextmanager
+def started_with(arguments: Sequence[str]) -> Iterator[None]:
+    """Inside, `again_command` knows how this process was called."""
+    token = _arguments.set(tuple(arguments))
+    try:
+        yield
+    finally:
+        _arguments.reset(token)
+
+
+def again_command(*flags: str, without: str | None = None) -> str | None:
+    """This command as it was typed, with `flags` added; None where a launcher or another program started it.
+
+    Args:
+        flags: that it needs, unless they stand there already.
+        without: a flag to leave out.
+    """
+    from proteus_cache.processes import worker_from_environment
+
+    arguments = _arguments.get()
+    if arguments is None or worker_from_environment() is not None:
+        return None
+    kept = [argument for argument in arguments if argument != without]
+    return command_line(*kept, *(flag for flag in flags if flag not in kept))
+
+
+def command(again: str | None, *, go_on: tuple[str, ...] | None = None) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Turn errors of a command into one line and its exit code; a stack trace is left to our own bugs.
 
     Args:
         again: what to say after Ctrl-C or SIGTERM; None in a process whose parent says it.
+        go_on: flags that the same command needs then; `again` ends where the whole command can follow.
     """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         @functools.wraps(function)
         def run(*args: P.args, **kwargs: P.kwargs) -> R:
             _start_logging()
-            previous = signal.signal(signal.SIGTERM, _interrupt)
-            try:
-                return function(*args, **kwargs)
-            except ProteusCacheError as error:
-                fail(_with_notes(error), error.exit_code)
-            except KeyboardInterrupt:
-                _leave_interrupted(again)
-            except OSError as error:
-                fail(_with_notes(error), 1)
-            except (RuntimeError, MemoryError) as error:
-                remedy = _memory_remedy(error)
-                if _is_interruption(error):
-                    _leave_interrupted(again)
-                if remedy is None:
+            with _Signals() as signals, look.quiet(bool(kwargs.get("quiet"))):
+                try:
+                    return function(*args, **kwargs)
+                except typer.Exit:
                     raise
-                fail(remedy, 1)
-            finally:
-                signal.signal(signal.SIGTERM, previous)
-            raise AssertionError("unreachable")
+                except KeyboardInterrupt:
+                    _leave_interrupted(again, go_on)
+                except Exception as error:
+                    if signals.came_just_now:  # some imports swallow an interruption, and break further on
+                        _leave_interrupted(again, go_on)
+                    _explain(error)
+                    raise
 
         return run
 
     return decorate
 
 
-def _interrupt(number: int, frame: object) -> None:
-    raise KeyboardInterrupt
+class _Signals:
+    """Inside, SIGINT and SIGTERM raise KeyboardInterrupt, and are remembered."""
+
+    def __init__(self) -> None:
+        self._came_at = -math.inf
+
+    @property
+    def came_just_now(self) -> bool:
+        """Whether one of them came in the last seconds."""
+        return time.monotonic() - self._came_at < _JUST_NOW_S
+
+    def __enter__(self) -> Self:
+        self._previous = {number: signal.signal(number, self._hear) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            if signal.getsignal(number) == self._hear:  # the last words of a command leave SIGINT to the system
+                signal.signal(number, handler)
+
+    def _hear(self, number: int, frame: object) -> None:
+        self._came_at = time.monotonic()
+        raise KeyboardInterrupt
 
 
-def _leave_interrupted(again: str | None) -> NoReturn:
+def _leave_interrupted(again: str | None, go_on: tuple[str, ...] | None) -> NoReturn:
+    forget_interruption()
     _end_children()
     if again is None:
         raise typer.Exit(INTERRUPTED) from None
-    fail(f"interrupted; {again}", 1)
+    fail(f"interrupted; {again}{_how_to_go_on(go_on)}", 1)
 
 
-def _is_interruption(error: BaseException) -> bool:
-    """Whether an interruption is at the root: Python wraps one that hits while a class is made, as in an import."""
-    cause = error.__cause__ or error.__context__
-    return cause is not None and (isinstance(cause, KeyboardInterrupt) or _is_interruption(cause))
+def _how_to_go_on(go_on: tuple[str, ...] | None) -> str:
+    if go_on is None:
+        return ""
+    same = again_command(*go_on)
+    added = f" with {' '.join(go_on)}" if go_on else ""
+    return f": {same}" if same else f", run the same command again{added}"
+
+
+def _explain(error: Exception) -> None:
+    """Print what a user can make or meet, and leave; return for anything else: that is a bug of ours."""
+    if isinstance(error, ProteusCacheError):
+        fail(_with_notes(error), error.exit_code)
+    if isinstance(error, OSError):
+        fail(_where_and_why(error), 1)
+    if (remedy := _memory_remedy(error)) is not None:
+        fail(remedy, 1)
 
 
 def _end_children() -> None:
@@ -100,10 +173,20 @@ def _with_notes(error: Exception) -> str:
     return " ".join([str(error), *(f"({note})" for note in notes)])
 
 
+def _where_and_why(error: OSError) -> str:
+    """What an error of the operating system says, without its number."""
+    if error.filename is None or error.strerror is None:
+        return _with_notes(error)
+    where = os.fsdecode(error.filename) if isinstance(error.filename, bytes) else error.filename
+    return f"{where}: {error.strerror}; check that the path is right and that this user may use it"
+
+
 def _memory_remedy(error: Exception) -> str | None:
-    """What to say when memory ran out; None for any other error."""
+    """What to say when memory ran out where nobody could tell what would fit; None for any other error."""
     if type(error).__name__ == "OutOfMemoryError":
-        return "the GPU is out of memory; run again with a smaller --batch-size"
+        from proteus_cache.devices import gpu_memory
+
+        return f"the GPU is out of memory ({gpu_memory()}); free some there, or run again with a smaller --batch-size"
     if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
         return "the machine is out of memory; run again with a smaller --batch-size or fewer --workers"
     return None
@@ -117,19 +200,18 @@ def fail(message: str, exit_code: int) -> NoReturn:
 
 def complain(message: str) -> None:
     """Print one error line."""
-    typer.echo(f"proteus-cache: {printable(message)}", err=True)
+    _speak(message, is_error=True)
 
 
-def printable(text: str) -> str:
-    """`text` with control characters escaped: names of files may hold any."""
-    return "".join(char if char.isprintable() or char == "\n" else ascii(char)[1:-1] for char in text)
+def _speak(message: str, *, is_error: bool) -> None:
+    say(look.marked("proteus-cache:", sys.stderr, is_error=is_error) + " " + printable(message))
 
 
 class _StderrHandler(logging.Handler):
     """Log lines on whatever stderr is at the moment, so that a progress line is not torn."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        complain(self.format(record))
+        _speak(self.format(record), is_error=record.levelno >= logging.ERROR)
 
 
 def _start_logging() -> None:
@@ -141,20 +223,33 @@ def _start_logging() -> None:
 
 
 def note(lines: str | Iterable[str]) -> None:
-    """Say something on stderr."""
+    """Say something on stderr, unless `--quiet` is given."""
+    if look.is_quiet():
+        return
     for line in [lines] if isinstance(lines, str) else lines:
-        typer.echo(printable(line), err=True)
+        say(look.dressed(printable(line), sys.stderr))
 
 
-def result(as_json: bool, value: dict[str, Any], lines: Iterable[str]) -> None:
+def result(as_json: bool, value: dict[str, Any], lines: Iterable[str], next_step: str | None = None) -> None:
     """The outcome on stdout: a JSON object, or lines for people.
+
+    Args:
+        as_json: which of the two.
+        value: the object.
+        lines: the lines.
+        next_step: what to do now, a command if it can be; the last line, which neither JSON nor `--quiet` have.
 
     Raises:
         StorageError: stdout takes no more, for example because it is a file on a full disk.
     """
-    text = json.dumps(value, sort_keys=True, allow_nan=False, default=str) if as_json else "\n".join(lines)
+    if as_json:
+        text = json.dumps(value, sort_keys=True, allow_nan=False, default=str)
+    else:
+        advice = [f"next: {next_step}"] if next_step and not look.is_quiet() else []
+        said = [line for block in lines for line in block.split("\n")]
+        text = "\n".join(look.dressed(printable(line), sys.stdout) for line in [*said, *advice])
     try:
-        typer.echo(printable(text))
+        typer.echo(text)
     except OSError as error:
         # What is still buffered would fail once more when the interpreter ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -181,53 +276,3 @@ def confirm(question: str, yes: bool) -> None:
         agreed = False
     if not agreed:
         raise ProteusCacheError("nothing was changed")
-
-
-@contextmanager
-def progress(label: str, unit: str, shown: bool = True) -> Iterator[Callable[[float, float, int], None]]:
-    """A progress line with rate and time left; rates count from the first call.
-
-    Args:
-        label: what goes on.
-        unit: what is counted.
-        shown: False in processes that leave the line to another one.
-
-    Yields:
-        Call it with (done, all, bytes so far; 0 where none are counted).
-    """
-    if not (shown and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"):
-        yield lambda done, total, n_bytes: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=None),
-        TextColumn("{task.fields[counts]}"),
-        TextColumn("{task.fields[rate]}"),
-        TimeRemainingColumn(compact=True),
-        console=Console(stderr=True),
-        transient=True,
-        expand=True,
-        speed_estimate_period=_RATE_PERIOD_S,
-    )
-    first: tuple[float, float, int] | None = None
-    with bar:
-        task = bar.add_task(label, total=None, counts="", rate="")
-
-        def update(done: float, total: float, n_bytes: int) -> None:
-            nonlocal first
-            now = time.monotonic()
-            if first is None:
-                first = (now, done, n_bytes)
-            seconds, n_done = now - first[0], done - first[1]
-            rate = ""
-            if n_done > 0 and seconds > 0:
-                per_s = n_done / seconds
-                rate = f"{per_s:,.0f} {unit}/s" if per_s >= 100 else f"{per_s:.2g} {unit}/s"
-                if n_bytes:
-                    rate += f", {human_bytes((n_bytes - first[2]) / seconds)}/s"
-            bar.update(task, completed=done, total=total, counts=f"{done:,.0f}/{total:,.0f} {unit}", rate=rate)
-
-        yield update

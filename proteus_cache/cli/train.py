@@ -3,82 +3,138 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from proteus_cache.cli import ranks, settings, terminal
+from proteus_cache.cli import complete, ranks, settings, terminal
 
 if TYPE_CHECKING:
     from proteus_cache.train.config import TrainConfig
     from proteus_cache.train.progress import Progress, Rates
 
 _FIELDS = (
-    *(
-        "student",
-        "data",
-        "out",
-        "epochs",
-        "max_steps",
-        "batch_size",
-        "lr",
-        "workers",
-        "precision",
-        "device",
-        "seed",
-    ),
+    *("student", "data", "out", "epochs", "max_steps", "batch_size", "lr", "workers", "precision", "device", "seed"),
     "checkpoint_every",
 )
-_AGAIN = "add --resume to the same command to go on from the newest checkpoint"
+_PATIENCE_S = 120.0
+"""Several processes stop where they meet, up to `log_every` steps on, and then write a checkpoint."""
+_WHAT = "Student and data"
+_RECIPE = "Recipe"
+_MACHINE = "Machine"
+_RUN = "Run"
 
 
-@terminal.command(_AGAIN)
+@dataclass(frozen=True, slots=True)
+class _Given:
+    """Where settings stood, for messages about them."""
+
+    file: str
+    flags: set[str]
+
+
+@terminal.command("checkpoints are kept; to go on", go_on=("--resume",))
 def train_command(
-    student: Annotated[str | None, typer.Option(help="vit_ti14, vit_s14, vit_b14 or vit_l14.")] = None,
-    data: Annotated[Path | None, typer.Option(help="A pack or a cache. Default: the only one in PROTEUS_HOME.")] = None,
-    out: Annotated[Path | None, typer.Option(help="The run. Default: $PROTEUS_HOME/runs/STUDENT.")] = None,
-    epochs: Annotated[int | None, typer.Option(help="Epochs of the schedule. Default: 300.")] = None,
+    student: Annotated[
+        str | None,
+        typer.Option(
+            help="vit_ti14, vit_s14, vit_b14 or vit_l14; vit_demo for first tries.",
+            autocompletion=complete.students,
+            rich_help_panel=_WHAT,
+        ),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="A pack or a cache. Default: the only one in PROTEUS_HOME.",
+            autocompletion=complete.stores("pack", "cache"),
+            rich_help_panel=_WHAT,
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The run. Default: $PROTEUS_HOME/runs/STUDENT.", rich_help_panel=_WHAT)
+    ] = None,
+    epochs: Annotated[
+        int | None, typer.Option(help="Epochs of the schedule. Default: 300.", rich_help_panel=_RECIPE)
+    ] = None,
     max_steps: Annotated[
-        int | None, typer.Option(help="Stop after this many steps of the schedule. Default: its end.")
+        int | None,
+        typer.Option(help="Stop after this many steps of the schedule. Default: its end.", rich_help_panel=_RECIPE),
     ] = None,
     batch_size: Annotated[
-        int | None, typer.Option(help="Views in a step, over all processes. Default: 1024, 256 for vit_l14.")
+        int | None,
+        typer.Option(
+            help="Views in a step, over all processes. Default: 1024, 256 for vit_l14.", rich_help_panel=_RECIPE
+        ),
     ] = None,
-    lr: Annotated[float | None, typer.Option(help="Peak learning rate. Default: 5e-4 x batch / 512.")] = None,
+    lr: Annotated[
+        float | None,
+        typer.Option(help="Peak learning rate. Default: 5e-4 x batch / 512.", rich_help_panel=_RECIPE),
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Of initial weights, order and masks. Default: 0.", rich_help_panel=_RECIPE)
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(help="YAML file with these settings and all others of the recipe.", rich_help_panel=_RECIPE),
+    ] = None,
     workers: Annotated[
-        int | None, typer.Option(help="Reader processes of each rank. Default: the usable cores less one.")
+        int | None,
+        typer.Option(
+            help="Reader processes of each rank. Default: the usable cores less one.", rich_help_panel=_MACHINE
+        ),
     ] = None,
     precision: Annotated[
         str | None,
-        typer.Option(help="fp32, fp16 or bf16. Default: bf16 on GPUs that have it, else fp16; fp32 on CPUs."),
+        typer.Option(
+            help="fp32, fp16 or bf16. Default: bf16 on GPUs that have it, else fp16; fp32 on CPUs.",
+            autocompletion=complete.precisions,
+            rich_help_panel=_MACHINE,
+        ),
     ] = None,
-    device: Annotated[str | None, typer.Option(help="cuda or cpu. Default: the GPUs there are.")] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            help="cuda or cpu. Default: the GPUs there are.", autocompletion=complete.devices, rich_help_panel=_MACHINE
+        ),
+    ] = None,
     gpus: Annotated[
-        int | None, typer.Option(help="Processes: GPUs to use (default: all), or CPU processes with --device cpu.")
+        int | None,
+        typer.Option(
+            help="Processes: GPUs to use (default: all), or CPU processes with --device cpu.", rich_help_panel=_MACHINE
+        ),
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Of initial weights, order and masks. Default: 0.")] = None,
-    checkpoint_every: Annotated[int | None, typer.Option(help="Steps between checkpoints. Default: 1000.")] = None,
+    checkpoint_every: Annotated[
+        int | None, typer.Option(help="Steps between checkpoints. Default: 1000.", rich_help_panel=_RUN)
+    ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the newest checkpoint, or start when there is none.")
+        bool,
+        typer.Option(
+            "--resume",
+            help="Go on from the newest checkpoint, or start when there is none.",
+            rich_help_panel=_RUN,
+        ),
     ] = False,
-    config: Annotated[
-        Path | None, typer.Option(help="YAML file with these settings and all others of the recipe.")
-    ] = None,
-    yes: Annotated[bool, typer.Option("--yes", help="Replace the logs of a run that has no checkpoint yet.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    yes: Annotated[
+        bool, typer.Option("--yes", help="Replace the logs of a run that has no checkpoint yet.", rich_help_panel=_RUN)
+    ] = False,
+    as_json: terminal.Json = False,
+    quiet: terminal.Quiet = False,
 ) -> None:
     """Train a student from a pack (a cache is packed first); no teacher runs.
 
-    Example: proteus-cache train --student vit_s14 --data proteus/packs/3f0c91d2a4b8e677
+    Example: proteus-cache train --student vit_s14
     """
     flags = {name: value for name, value in locals().items() if name in _FIELDS}
     given = _config_file(config)
     chosen = settings.merge(flags | {"gpus": gpus}, given)
     asked_gpus = chosen.pop("gpus", None)
-    outcome = _run(chosen, asked_gpus, resume, yes, str(config) if config else "train")
+    on_command_line = {name for name, value in flags.items() if value is not None}
+    outcome = _run(chosen, asked_gpus, resume, yes, _Given(str(config or "train"), on_command_line))
     if _is_first():
-        terminal.result(as_json, outcome, _lines(outcome))
+        terminal.result(as_json, outcome, _lines(outcome), _next_step(outcome))
     if outcome["stopped_by"] is not None:
         raise typer.Exit(1)
 
@@ -107,7 +163,7 @@ def _is_first() -> bool:
     return rank is None or rank.index == 0
 
 
-def _run(chosen: dict[str, Any], gpus: Any, resume: bool, yes: bool, what: str) -> dict[str, Any]:
+def _run(chosen: dict[str, Any], gpus: Any, resume: bool, yes: bool, where: _Given) -> dict[str, Any]:
     from proteus_cache.errors import UsageError
     from proteus_cache.processes import rank_from_environment
     from proteus_cache.train.config import config_from_mapping
@@ -120,12 +176,13 @@ def _run(chosen: dict[str, Any], gpus: Any, resume: bool, yes: bool, what: str) 
     default_out = home / "runs" / settings.folder_name(str(chosen["student"]))
     chosen["out"] = settings.folder(chosen.get("out"), "out") or default_out
     given_data = settings.folder(chosen.get("data"), "data")
-    config_from_mapping(chosen | {"data": given_data or "."}, what)  # refuse bad settings before a long packing
+    # Bad settings are refused before a long packing.
+    config_from_mapping(chosen | {"data": given_data or "."}, where.file, where.flags)
     launched = rank_from_environment()
     data = find_training_data(home, given_data)
     if data.cache is not None:
         _pack_first(data.cache, data.pack, launched)
-    config = config_from_mapping(chosen | {"data": data.pack}, what)
+    config = config_from_mapping(chosen | {"data": data.pack}, where.file, where.flags)
     _ask_to_replace(config, resume, yes)
     count = 1 if launched else ranks.count_of(config.device, gpus)
     if config.global_batch < count:
@@ -137,7 +194,12 @@ def _run(chosen: dict[str, Any], gpus: Any, resume: bool, yes: bool, what: str) 
         terminal.note(_plan_lines(config, launched.count if launched else count, resume))
     if count == 1:
         return _train(config, resume)
-    ranks.start(count, _train_rank, config, resume)
+    try:
+        ranks.start(count, _train_rank, config, resume, patience_s=_PATIENCE_S)
+    except KeyboardInterrupt as interruption:
+        if not _checkpoint_steps(config):
+            raise
+        return _outcome(config, str(interruption) or "a signal")
     return _outcome(config, None)
 
 
@@ -166,13 +228,18 @@ def _ask_to_replace(config: TrainConfig, resume: bool, yes: bool) -> None:
 
 
 def _plan_lines(config: TrainConfig, processes: int, resume: bool) -> list[str]:
-    from proteus_cache.train.checkpoint import checkpoint_steps
     from proteus_cache.train.planning import plan_training
-    from proteus_cache.train.run_folder import CHECKPOINTS
 
     lines = plan_training(config, processes).lines()
-    steps = checkpoint_steps(config.out / CHECKPOINTS) if resume else []
+    steps = _checkpoint_steps(config) if resume else []
     return [*lines, f"resumes   after step {steps[-1]:,}"] if steps else lines
+
+
+def _checkpoint_steps(config: TrainConfig) -> list[int]:
+    from proteus_cache.train.checkpoint import checkpoint_steps
+    from proteus_cache.train.run_folder import CHECKPOINTS
+
+    return checkpoint_steps(config.out / CHECKPOINTS)
 
 
 def _train_rank(config: TrainConfig, resume: bool) -> None:
@@ -198,44 +265,63 @@ def _train(config: TrainConfig, resume: bool) -> dict[str, Any]:
 
         def show(at: Progress) -> None:
             latest[:] = [at]
-            update(at.step, at.n_steps, 0)
+            update(at.step, at.n_steps, detail=_detail(at))
 
         done = train(config, resume=resume, replace=True, progress=show)
     if latest:  # in the first process only
         terminal.note(_reading_line(latest[0].rates))
-    return _outcome(config, done)
+    return _outcome(config, done.stopped_by)
+
+
+def _detail(at: Progress) -> str:
+    """Beside the progress bar: rates and the loss."""
+    from proteus_cache.plan.human import human_bytes, human_rate
+
+    read = human_bytes(at.rates.gb_per_s_got * 1e9)
+    return f"{human_rate(at.rates.views_per_s)} views/s, {read}/s, loss {at.loss:.4g}"
 
 
 def _reading_line(rates: Rates) -> str:
     """Whether the reader kept up, by the last reading of the rates."""
+    from proteus_cache.plan.human import human_bytes, human_rate
+
+    got, needed = human_bytes(rates.gb_per_s_got * 1e9), human_bytes(rates.gb_per_s_needed * 1e9)
     return (
-        f"read      {rates.gb_per_s_got:.3g} GB/s, {rates.gb_per_s_needed:.3g} GB/s keep the device busy; "
-        f"it waited {rates.waiting:.0%} of the time ({rates.views_per_s:,.0f} views/s)"
+        f"read      {got}/s, {needed}/s keep the device busy; it waited {rates.waiting:.0%} of the time "
+        f"({human_rate(rates.views_per_s)} views/s)"
     )
 
 
-def _outcome(config: TrainConfig, done: Any) -> dict[str, Any]:
+def _outcome(config: TrainConfig, stopped_by: str | None) -> dict[str, Any]:
     """How the run stands."""
     from proteus_cache.report.summary import summarise_run
 
     summary = summarise_run(config.out)
-    stopped_by = done.stopped_by if done is not None else None
+    steps = _checkpoint_steps(config)
     return {
         "run": str(config.out),
         "stopped_by": stopped_by,
         "weights": summary["weights"],
         "last": summary["last_step"],
+        "checkpoint": steps[-1] if steps else None,
     }
 
 
 def _lines(outcome: dict[str, Any]) -> list[str]:
     last = outcome["last"] or {}
     if outcome["stopped_by"] is not None:
-        return [
-            f"run {outcome['run']}: stopped by {outcome['stopped_by']} after step {last.get('step', 0):,}; {_AGAIN}"
-        ]
+        kept = f"the checkpoint of step {outcome['checkpoint']:,} is kept" if outcome["checkpoint"] else "nothing kept"
+        return [f"run {outcome['run']}: stopped by {outcome['stopped_by']}; {kept}"]
     return [
         f"run {outcome['run']}: step {last.get('step', 0):,}, loss {last.get('loss', float('nan')):.4g}; "
-        f"wrote {', '.join(outcome['weights'])}",
-        f"next: proteus-cache eval {outcome['run']} --images DIR",
+        f"wrote {', '.join(outcome['weights'])}"
     ]
+
+
+def _next_step(outcome: dict[str, Any]) -> str:
+    from proteus_cache.next_steps import command_line
+
+    if outcome["stopped_by"] is not None:
+        same = terminal.again_command("--resume")
+        return same or "the same command with --resume"
+    return f"{command_line('eval', outcome['run'], '--images')} DIR"

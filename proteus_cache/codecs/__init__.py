@@ -7,11 +7,34 @@
 Codecs are torch modules: torch in, torch out, on the device of their buffers. The codes of one view have one
 fixed size. What must be remembered is a `CodecRecord` and, for fitted codecs, a safetensors blob that it names by
 SHA-256. Codecs know nothing of stores.
+
+The names below are imported when they are first used, so that `codecs.names` costs no torch.
 """
 
-from proteus_cache.codecs.codec import Codec, codec_for_target, fit_codec, load_codec
-from proteus_cache.codecs.dense import DenseCodec
-from proteus_cache.codecs.record import CodecRecord
-from proteus_cache.codecs.scalar import Int8Codec
+from typing import TYPE_CHECKING, Any
 
+if TYPE_CHECKING:
+    from proteus_cache.codecs.codec import Codec, fit_codec, load_codec
+    from proteus_cache.codecs.dense import DenseCodec
+    from proteus_cache.codecs.names import codec_for_target
+    from proteus_cache.codecs.record import CodecRecord
+    from proteus_cache.codecs.scalar import Int8Codec
+
+_HOMES = {
+    "Codec": "codec",
+    "CodecRecord": "record",
+    "DenseCodec": "dense",
+    "Int8Codec": "scalar",
+    "codec_for_target": "names",
+    "fit_codec": "codec",
+    "load_codec": "codec",
+}
 __all__ = ["Codec", "CodecRecord", "DenseCodec", "Int8Codec", "codec_for_target", "fit_codec", "load_codec"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -8,10 +8,11 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor, nn
 
+from proteus_cache.choices import unknown
+from proteus_cache.codecs.names import CODEC_NAMES
+from proteus_cache.codecs.names import codec_for_target as codec_for_target
 from proteus_cache.codecs.record import CodecRecord
 from proteus_cache.errors import ChecksumError, ConfigError, FormatError
-
-CODEC_NAMES = ("float32", "float16", "int8")
 
 
 class Codec(nn.Module, ABC):
@@ -44,20 +45,6 @@ class Codec(nn.Module, ABC):
         """What a manifest keeps of this codec."""
 
 
-def codec_for_target(codec: str, target: str) -> str:
-    """The codec that `target` gets when `codec` was asked for.
-
-    `cls` weighs 130 to 260 times a patch element in the loss and is 0.4 % of the bytes: it is float32 under
-    `float32` and float16 under every other codec.
-
-    Raises:
-        ConfigError: no codec has this name.
-    """
-    if codec not in CODEC_NAMES:
-        raise ConfigError(f"codec {codec!r} does not exist; choose one of {', '.join(CODEC_NAMES)}")
-    return "float16" if target == "cls" and codec != "float32" else codec
-
-
 def largest_value(codec: str) -> float:
     """The largest magnitude that a teacher's outputs may have under a codec: float16 is part of all but `float32`."""
     return torch.finfo(torch.float32 if codec == "float32" else torch.float16).max
@@ -79,7 +66,7 @@ def fit_codec(codec: str, tokens: Tensor) -> Codec:
     if codec in ("float32", "float16"):
         return DenseCodec(codec, tuple(tokens.shape[1:]))
     if codec != "int8":
-        raise ConfigError(f"codec {codec!r} does not exist; choose one of {', '.join(CODEC_NAMES)}")
+        raise ConfigError(unknown("codec", codec, CODEC_NAMES))
     if tokens.shape[0] == 0:
         raise ConfigError("codec int8 is fitted to calibration views, and there are none")
     return Int8Codec.fit(tokens)

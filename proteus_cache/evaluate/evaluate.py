@@ -9,6 +9,7 @@ from typing import Literal, get_args
 
 import torch
 
+from proteus_cache.choices import unknown
 from proteus_cache.devices import best_device
 from proteus_cache.errors import UsageError
 from proteus_cache.evaluate.features import Features, extract_features
@@ -73,7 +74,7 @@ def evaluate(
         ProteusCacheError: too many bad images, weights that cannot be used, or a file that cannot be read.
     """
     if protocol not in get_args(Protocol):
-        raise UsageError(f"unknown protocol {protocol!r}; choose {' or '.join(get_args(Protocol))}")
+        raise UsageError(unknown("protocol", protocol, get_args(Protocol)))
     if weights is not None and teacher is None:
         raise UsageError("--weights names the weights of a teacher; give --teacher with it")
     for name, value in (("--batch-size", batch_size), ("--workers", workers)):

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from proteus_cache.devices import Advise, or_explain
 from proteus_cache.errors import BadImageError, ProteusCacheError
 from proteus_cache.evaluate.labelled import Part
 from proteus_cache.teachers.teacher import Teacher
@@ -85,7 +87,9 @@ def extract_features(
             views = torch.from_numpy(np.stack([pixels for _, pixels in good]))
             rows = slice(len(kept), len(kept) + len(good))
             for name, model in models.items():
-                by_model[name][rows] = _cls(model, views)
+                by_model[name][rows] = or_explain(
+                    partial(_cls, model, views), len(views), partial(_attempt, model, views), _smaller_batch(len(views))
+                )
             kept += [index for index, _ in good]
         progress(len(results))
     labels = torch.from_numpy(part.labels[kept])
@@ -134,6 +138,22 @@ def _add_bad(bad_images: list[str], reason: str, n_images: int) -> None:
             f"more than {limit} of {n_images:,} images cannot be used, so a score would be one of other "
             f"images; the last: {reason}. Repair or remove them and run the same command again"
         )
+
+
+def _attempt(model: Teacher, views: Tensor, n: int) -> None:
+    model.targets(views[:n], ["cls"])
+
+
+def _smaller_batch(batch: int) -> Advise:
+    def advise(fits: int | None, memory: str) -> str:
+        if fits is None:
+            return f"the GPU has too little memory for a single image ({memory}); free some there, or try --device cpu"
+        return (
+            f"the GPU has too little memory for {batch} images at once ({memory}); --batch-size {fits} fits: run the "
+            "same command again with it"
+        )
+
+    return advise
 
 
 def _cls(model: Teacher, views: Tensor) -> Tensor:

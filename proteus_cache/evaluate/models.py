@@ -13,7 +13,9 @@ from typing import Final
 import torch
 import yaml
 
+from proteus_cache import stores
 from proteus_cache.errors import FormatError, UsageError
+from proteus_cache.next_steps import resume_training
 from proteus_cache.students.registry import build_student
 from proteus_cache.teachers.registry import load_teacher
 from proteus_cache.teachers.teacher import Teacher
@@ -82,13 +84,11 @@ def load_run(run: Path, home: Path) -> RunModels:
 
 
 def _check_finished(run: Path) -> None:
-    if not run.is_dir():
-        raise UsageError(f"{run}: no such folder; give the RUN folder that train wrote")
-    if not (run / CONFIG).is_file():
-        raise UsageError(f"{run}: not a run (it holds no {CONFIG}); give the RUN folder that train wrote")
+    if stores.kind_of(run) != "run":
+        raise UsageError(stores.wrong_folder(run, "run"))
     for name in (STUDENT, EMA):
         if not (run / name).is_file():
-            raise UsageError(f"{run}: holds no {name} yet; finish the run with train --resume, then evaluate it")
+            raise UsageError(f"{run}: holds no {name} yet; finish the run first: " + resume_training(run))
 
 
 def _recorded_teacher(config: Path) -> tuple[str, str]:

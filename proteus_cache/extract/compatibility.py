@@ -27,7 +27,7 @@ def check_weights(config: ExtractConfig, manifest: Manifest, teacher: Teacher) -
 
 
 def check_settings(config: ExtractConfig, manifest: Manifest) -> None:
-    """Refuse to continue a cache with settings that it was not made with, naming the first that differs."""
+    """Refuse to continue a cache with settings that it was not made with, naming all that differ."""
     codecs = {target.name: target.codec.name for target in manifest.targets}
     asked_codecs = {name: codec_for_target(config.codec, name) for name in codecs} if config.codec else None
     asked: list[tuple[str, Any, Any]] = [
@@ -41,12 +41,17 @@ def check_settings(config: ExtractConfig, manifest: Manifest) -> None:
         ("--shard-size", config.shard_size, manifest.shard_size),
         ("--probe-images", config.probe_images, manifest.images.n_probe),
     ]
-    for flag, wanted, found in asked:
-        if wanted is not None and wanted != found:
-            raise UsageError(
-                f"{config.out}: this cache was made with other settings: {flag} is {_short(found)} there and "
-                f"{_short(wanted)} here; leave {flag} out to continue it, or give --out another folder"
-            )
+    differ = [
+        (flag, f"{flag} is {_short(found)} there and {_short(wanted)} here")
+        for flag, wanted, found in asked
+        if wanted is not None and wanted != found
+    ]
+    if differ:
+        flags = " and ".join(flag for flag, _ in differ)
+        raise UsageError(
+            f"{config.out}: this cache was made with other settings: {', '.join(what for _, what in differ)}; leave "
+            f"{flags} out to continue it, or give --out another folder"
+        )
     if config.limit is not None and config.limit != manifest.images.n_images:
         n_listed = len(list_images(config.images).table)
         if min(config.limit, n_listed) != manifest.images.n_images:
@@ -62,6 +67,19 @@ def _short(value: Any) -> str:
     if isinstance(value, list):
         return ",".join(map(str, value))
     return str(value)
+
+
+def check_place(out: Path, images: Path) -> None:
+    """Refuse images that are not there, before weights are downloaded, and a new cache inside their folder.
+
+    It would be listed with them the next time.
+    """
+    if not images.exists():
+        list_images(images)
+    if images.is_dir() and out.resolve().is_relative_to(images.resolve()):
+        raise UsageError(
+            f"{out}: is inside the images folder {images}; give --out (or PROTEUS_HOME) a folder beside it"
+        )
 
 
 def check_image_root(cache: Cache, root: Path, source: Path) -> None:

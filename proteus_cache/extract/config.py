@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from proteus_cache.choices import unknown
+from proteus_cache.codecs.names import codec_for_target
 from proteus_cache.errors import ConfigError
+from proteus_cache.views.spec import check_names
 
 DEFAULT_VIEWS = 4
 DEFAULT_TARGETS = ("cls", "patch")
@@ -13,6 +16,7 @@ DEFAULT_CODEC = "int8"
 DEFAULT_SHARD_SIZE = 1024
 DEFAULT_PROBE_IMAGES = 4096
 PROBE_FROM_IMAGES = 16384
+_PRECISIONS = ("fp32", "fp16", "bf16")
 _MOST = {"views": 10_000, "seed": (1 << 63) - 1, "shard_size": 1 << 20, "batch_size": 1 << 20, "workers": 4096}
 
 
@@ -66,7 +70,10 @@ class ExtractConfig:
             value = getattr(self, name)
             if not isinstance(value, str | None):
                 raise ConfigError(f"--{name.replace('_', '-')} must be a name, got {value!r}")
-        if self.precision not in (None, "fp32", "fp16", "bf16"):
-            raise ConfigError(f"--precision must be fp32, fp16 or bf16, got {self.precision!r}")
+        if self.precision is not None and self.precision not in _PRECISIONS:
+            raise ConfigError(unknown("precision", self.precision, _PRECISIONS))
+        if self.codec is not None:
+            codec_for_target(self.codec, "patch")
+        check_names(self.augment, self.view_format)
         if self.targets is not None and len(set(self.targets)) != len(self.targets):
             raise ConfigError(f"--targets names one twice: {','.join(self.targets)}")

@@ -25,7 +25,9 @@ from proteus_cache.cache.reader import Cache
 from proteus_cache.cache.receipt import Moments, Quarantined
 from proteus_cache.cache.writer import StoredView, Unit, commit_unit, publish_arrays
 from proteus_cache.codecs.codec import Codec, largest_value
+from proteus_cache.devices import or_explain
 from proteus_cache.errors import ProteusCacheError
+from proteus_cache.extract.memory import smaller_batch
 from proteus_cache.extract.planning import PlannedCache
 from proteus_cache.extract.records import decoder_version
 from proteus_cache.extract.rendering import Job, Rendered, render_jobs
@@ -35,6 +37,7 @@ from proteus_cache.views.encode import decode_view
 logger = logging.getLogger(__name__)
 
 _BUFFERS = 2
+_REDONE_AT_ONCE = 16
 _QUARANTINE_SHARE = 0.001
 _QUARANTINE_LEAST = 10
 
@@ -167,7 +170,7 @@ def extract_units(
     """
     if not units:
         return 0
-    pipeline = _Pipeline(planned, units, device, precision, progress)
+    pipeline = _Pipeline(planned, units, device, precision, batch_size, progress)
     rendered = render_jobs(
         _jobs(planned.cache, units, batch_size),
         planned.image_root,
@@ -207,6 +210,7 @@ class _Pipeline:
         units: list[tuple[str, int]],
         device: torch.device,
         precision: Precision,
+        batch_size: int,
         progress: Callable[[Progress], None],
     ) -> None:
         self.cache = planned.cache
@@ -216,6 +220,7 @@ class _Pipeline:
         self.codecs: dict[str, Codec] = {name: codec.to(device) for name, codec in planned.codecs.items()}
         self.device = device
         self.precision = precision
+        self.batch_size = batch_size
         self.progress = progress
         self.names = [target.name for target in self.manifest.targets]
         self.made_with = _made_with(device)
@@ -329,6 +334,20 @@ class _Pipeline:
         return known
 
     def _encode(self, unit: _OpenUnit, pixels: Tensor, local_rows: list[int]) -> None:
+        or_explain(
+            lambda: self._encode_at_once(unit, pixels, local_rows),
+            len(pixels),
+            lambda n: self._codes(pixels[:n]),
+            smaller_batch(len(pixels)),
+        )
+
+    def _codes(self, pixels: Tensor) -> None:
+        """What `_encode_at_once` computes, for its use of memory."""
+        with torch.inference_mode():
+            for name, tokens in self.teacher.targets(pixels, self.names).items():
+                self.codecs[name].encode(tokens)
+
+    def _encode_at_once(self, unit: _OpenUnit, pixels: Tensor, local_rows: list[int]) -> None:
         with torch.inference_mode():
             for name, tokens in self.teacher.targets(pixels, self.names).items():
                 unit.statistics[name].add(tokens)
@@ -404,8 +423,9 @@ class _Pipeline:
         unit.statistics = {target: _Statistics(self.device) for target in self.names}
         self.teacher.to(self.device, "fp32")
         side_px = self.manifest.views.size_px
-        for start in range(0, len(unit.views), 16):
-            part = unit.views[start : start + 16]
+        n_at_once = min(_REDONE_AT_ONCE, self.batch_size)
+        for start in range(0, len(unit.views), n_at_once):
+            part = unit.views[start : start + n_at_once]
             pixels = torch.stack([torch.from_numpy(decode_view(view.data, side_px).copy()) for view in part])
             self._encode(unit, pixels, [view.row - unit.rows.start for view in part])
         self.teacher.to(self.device, self.precision)

@@ -22,34 +22,30 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from proteus_cache import storage
+from proteus_cache import storage, stores
 from proteus_cache.cache.layout import CacheLayout
 from proteus_cache.cache.manifest import ImagesRecord, Manifest, TargetRecord
 from proteus_cache.cache.reader import Cache, is_cache, open_cache
 from proteus_cache.codecs.codec import Codec, codec_for_target, fit_codec, load_codec
 from proteus_cache.errors import FormatError, ProteusCacheError, StorageError, UsageError
 from proteus_cache.extract.calibration import Calibration, calibrate
-from proteus_cache.extract.compatibility import check_image_root, check_settings, check_weights
+from proteus_cache.extract.compatibility import check_image_root, check_place, check_settings, check_weights
 from proteus_cache.extract.config import (
     DEFAULT_CODEC,
-    DEFAULT_PROBE_IMAGES,
     DEFAULT_SHARD_SIZE,
     DEFAULT_TARGETS,
     DEFAULT_VIEWS,
-    PROBE_FROM_IMAGES,
     ExtractConfig,
 )
+from proteus_cache.extract.listing import held_out_shards, image_table
 from proteus_cache.extract.records import libraries, spec_of, teacher_record, views_record
-from proteus_cache.images import draw_order, list_images
-from proteus_cache.plan import ExtractPlan
+from proteus_cache.plan.extraction import CacheSize, ExtractPlan
+from proteus_cache.plan.rates import Rate
 from proteus_cache.teachers.registry import load_teacher
 from proteus_cache.teachers.teacher import Teacher
 from proteus_cache.views.spec import ViewSpec
 
 logger = logging.getLogger(__name__)
-
-_HELD_OUT_SHARE = 0.01
-_HELD_OUT_FROM_SHARDS = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +87,9 @@ def plan_cache(
     """
     layout = CacheLayout(config.out)
     existing = _existing(layout)
-    if existing is not None:
+    if existing is None:
+        check_place(config.out, config.images)
+    else:
         check_settings(config, existing)  # before weights are downloaded that it could not use
     teacher = _load_teacher(config, existing, download_progress)
     image_root = config.images if os.path.isdir(config.images) else config.images.parent
@@ -135,10 +133,7 @@ def _existing(layout: CacheLayout) -> Manifest | None:
     if is_cache(layout.root):  # another process published it in this moment
         return open_cache(layout.root).manifest
     if foreign:
-        raise UsageError(
-            f"{layout.root}: holds something that is not a cache ({foreign[0]!r}); give --out another folder, "
-            "nothing was written"
-        )
+        raise UsageError(stores.occupied(layout.root, foreign))
     return None
 
 
@@ -164,7 +159,7 @@ def _publish_plan(
 ) -> Calibration:
     """Make the plan and publish it; another process may have been faster, which is as good."""
     started = time.monotonic()
-    table, classes = _image_table(config)
+    table, classes = image_table(config)
     target_names = config.targets or DEFAULT_TARGETS
     for name in target_names:
         teacher.target_shape(name)
@@ -195,7 +190,7 @@ def _publish_plan(
             sha256=hashlib.sha256(list_bytes).hexdigest(),
             classes=list(classes) if classes is not None else None,
             n_probe=int(np.count_nonzero(table["probe"].to_numpy())),
-            held_out=_held_out(len(table), shard_size, spec.seed),
+            held_out=held_out_shards(len(table), shard_size, spec.seed),
         ),
         views=views_record(spec),
         targets=[
@@ -239,10 +234,15 @@ def _plan_of_new_cache(
         units_todo=n_views * manifest.n_shards + manifest.n_probe_shards,
         views_todo=n_views * manifest.images.n_images + manifest.images.n_probe,
         view_bytes=calibration.view_bytes,
-        views_per_s=calibration.views_per_s,
+        rate=measured_rate(calibration.views_per_s),
         processes=processes,
         is_published=False,
     )
+
+
+def measured_rate(views_per_s: float) -> Rate:
+    """The teacher's rate on the planning batch."""
+    return Rate(views_per_s=views_per_s, source="measured here")
 
 
 def size_plan(
@@ -253,66 +253,31 @@ def size_plan(
     units_todo: int,
     views_todo: int,
     view_bytes: float,
-    views_per_s: float | None,
+    rate: Rate,
     processes: int,
     is_published: bool,
 ) -> ExtractPlan:
     """What is left to write of `n_views` view indices and the probe, and the space there is for it."""
-    free = storage.free_space(out)
     return ExtractPlan(
         out=out,
         teacher=manifest.teacher.name,
         weights=manifest.teacher.weights_source,
-        n_images=manifest.images.n_images,
-        n_views=n_views,
-        n_probe=manifest.images.n_probe,
+        size=CacheSize(
+            n_images=manifest.images.n_images,
+            n_views=n_views,
+            n_probe=manifest.images.n_probe,
+            shard_size=manifest.shard_size,
+            targets=tuple(manifest.targets),
+            view_bytes=view_bytes,
+        ),
         n_held_out=len(manifest.images.held_out),
-        n_shards=manifest.n_shards,
-        targets={target.name: (tuple(target.shape), target.codec.name) for target in manifest.targets},
-        code_bytes=manifest.bytes_per_view,
-        view_bytes=view_bytes,
         units_todo=units_todo,
-        units_all=n_views * manifest.n_shards + manifest.n_probe_shards,
         views_todo=views_todo,
-        files_per_unit=2 + len(manifest.targets),
-        free_bytes=free.bytes,
-        free_inodes=free.inodes,
-        views_per_s=views_per_s,
+        free=storage.free_space(out),
+        rate=rate,
         processes=processes,
         is_published=is_published,
     )
-
-
-def _image_table(config: ExtractConfig) -> tuple[pa.Table, tuple[str, ...] | None]:
-    """The mixed image list with its probe column, and the class names."""
-    listing = list_images(config.images)
-    order = draw_order(listing.table["key"], config.seed or 0)
-    if config.limit is not None:
-        order = order[: config.limit]
-    table = listing.table.take(pa.array(order))
-    n_images = len(table)
-    shard_size = config.shard_size or DEFAULT_SHARD_SIZE
-    n_probe = config.probe_images
-    if n_probe is None:
-        n_probe = DEFAULT_PROBE_IMAGES if n_images >= PROBE_FROM_IMAGES else 0
-    trained = np.ones(n_images, dtype=bool)
-    for shard in _held_out(n_images, shard_size, config.seed or 0):
-        trained[shard * shard_size : (shard + 1) * shard_size] = False
-    candidates = np.flatnonzero(trained)
-    if n_probe > len(candidates):
-        raise UsageError(f"--probe-images {n_probe}: only {len(candidates)} images are trained on; ask for fewer")
-    probe = np.zeros(n_images, dtype=bool)
-    probe[candidates[:n_probe]] = True  # the list is mixed already, so its first rows are a random choice
-    return table.append_column("probe", pa.array(probe)), listing.classes
-
-
-def _held_out(n_images: int, shard_size: int, seed: int) -> list[int]:
-    """One shard in a hundred, chosen by seed; at least one from 10 shards on, none below."""
-    n_shards = -(-n_images // shard_size)
-    if n_shards < _HELD_OUT_FROM_SHARDS:
-        return []
-    order = draw_order([f"shard-{shard}" for shard in range(n_shards)], seed)
-    return sorted(int(shard) for shard in order[: max(1, round(n_shards * _HELD_OUT_SHARE))])
 
 
 def _place_plan_file(layout: CacheLayout, name: str, data: bytes) -> None:

@@ -6,6 +6,7 @@ entry; an I/O error is never one: it ends the run, naming the file.
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import signal
@@ -22,12 +23,16 @@ from torch.utils.data import DataLoader, Dataset
 
 from proteus_cache.cache.receipt import Quarantined
 from proteus_cache.cache.writer import StoredView
-from proteus_cache.errors import BadImageError, ProteusCacheError
+from proteus_cache.errors import BadImageError, ProteusCacheError, SpaceError
+from proteus_cache.plan.human import human_bytes
 from proteus_cache.processes import follow_parent, start_fork_server
 from proteus_cache.views.make import make_view
 from proteus_cache.views.spec import ViewSpec
 
+logger = logging.getLogger(__name__)
+
 _PREFETCH = 2
+_SHARED_FOLDER = "/dev/shm"
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +104,7 @@ class RenderDataset(Dataset[Rendered | ProteusCacheError]):
                 )
             )
         made = pixels[: len(views)]
-        return Rendered(job, views, torch.from_numpy(made) if self.share_memory else made, quarantined)
+        return Rendered(job, views, _shared(made) if self.share_memory else made, quarantined)
 
 
 def render_jobs(
@@ -117,14 +122,25 @@ def render_jobs(
 
     Raises:
         StorageError: an image file cannot be read.
+        SpaceError: /dev/shm has no room for the queues of worker processes.
         ProteusCacheError: a worker was killed.
     """
-    share_memory = _shared_memory_suffices(workers * _PREFETCH * batch_size * spec.size_px**2 * 3)
+    needed_bytes = workers * _PREFETCH * batch_size * spec.size_px**2 * 3
+    share_memory = workers > 0 and _shared_memory_suffices(needed_bytes)
     dataset = RenderDataset(root, spec, share_memory)
     rendered = map(dataset.__getitem__, jobs) if workers == 0 else _in_workers(dataset, jobs, workers, pin)
+    is_piped = False
     for batch in rendered:
         if isinstance(batch, ProteusCacheError):
             raise batch
+        if not is_piped and workers > 0 and isinstance(batch.pixels, np.ndarray):
+            is_piped = True
+            logger.warning(
+                "views go through pipes, which is slower: %s has no room for twice their %s; give it more (a "
+                "container: --shm-size), or use fewer --workers or a smaller --batch-size",
+                _SHARED_FOLDER,
+                human_bytes(needed_bytes),
+            )
         yield batch
 
 
@@ -133,6 +149,7 @@ def _in_workers(
 ) -> Iterator[Rendered | ProteusCacheError]:
     start_fork_server([__name__, "proteus_cache.extract.fork_server"])
     context = _WorkerContext()
+    _check_semaphores(context, 4 * workers + 12)
     loader: DataLoader[Rendered | ProteusCacheError] = DataLoader(
         dataset,
         batch_size=None,
@@ -191,6 +208,38 @@ def _keep(rendered: Rendered | ProteusCacheError) -> Rendered | ProteusCacheErro
     return rendered
 
 
-def _shared_memory_suffices(needed_bytes: int, folder: str = "/dev/shm") -> bool:
+def _check_semaphores(context: ForkServerContext, count: int) -> None:
+    """Refuse to start workers where the queues to them could not be made.
+
+    Raises:
+        SpaceError: /dev/shm, where the C library keeps semaphores, is full or not there.
+    """
+    try:
+        made = [context.Lock() for _ in range(count)]
+    except OSError as error:
+        raise SpaceError(
+            f"{_SHARED_FOLDER}: rendering processes cannot be started: {error.strerror}; free space there, give the "
+            "container more of it (docker run --shm-size=8g), or render in this process with --workers 0; finished "
+            "units are kept"
+        ) from error
+    del made
+
+
+def _shared(pixels: NDArray[np.uint8]) -> torch.Tensor | NDArray[np.uint8]:
+    """The pixels in shared memory, or as they are where it has no room left.
+
+    The loader would move them there by itself, but in a thread, where an error leaves its consumer waiting for ever.
+    """
+    views = torch.from_numpy(pixels)
+    try:
+        views.share_memory_()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    except RuntimeError as error:
+        if "shared memory" not in str(error):
+            raise
+        return pixels
+    return views
+
+
+def _shared_memory_suffices(needed_bytes: int, folder: str = _SHARED_FOLDER) -> bool:
     """Whether worker batches fit into the shared-memory file system with room to spare."""
     return os.path.isdir(folder) and shutil.disk_usage(folder).free > 2 * needed_bytes

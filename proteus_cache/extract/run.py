@@ -14,17 +14,19 @@ import torch
 from proteus_cache import storage
 from proteus_cache.cache.layout import PROBE, view_name
 from proteus_cache.cache.reader import Cache
-from proteus_cache.devices import use_device
+from proteus_cache.devices import gpu_name, use_device
 from proteus_cache.extract.config import DEFAULT_VIEWS, ExtractConfig
 from proteus_cache.extract.pipeline import Progress, extract_units, units_to_do
-from proteus_cache.extract.planning import PlannedCache, size_plan
+from proteus_cache.extract.planning import PlannedCache, measured_rate, size_plan
 from proteus_cache.extract.rendering import default_workers
-from proteus_cache.plan import ExtractPlan
+from proteus_cache.plan.costs import FORWARD, teacher_shape
+from proteus_cache.plan.extraction import ExtractPlan, typical_view_bytes
+from proteus_cache.plan.rates import Rate, gpu_named
 from proteus_cache.processes import Worker, usable_cores
+from proteus_cache.teachers.outline import outline_teacher
 from proteus_cache.teachers.teacher import Precision
 
 logger = logging.getLogger(__name__)
-_TYPICAL_VIEW_BYTES = 36_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,11 +62,27 @@ def describe_plan(config: ExtractConfig, planned: PlannedCache, processes: int) 
         n_views=len([view for view in views if view != PROBE]),
         units_todo=len(todo),
         views_todo=sum(len(cache.rows(*unit)) for unit in todo),
-        view_bytes=planned.view_bytes or _stored_view_bytes(cache) or _TYPICAL_VIEW_BYTES,
-        views_per_s=planned.views_per_s,
+        view_bytes=planned.view_bytes or _stored_view_bytes(cache) or _typical_view_bytes(cache),
+        rate=_rate(config, planned),
         processes=processes,
         is_published=True,
     )
+
+
+def _rate(config: ExtractConfig, planned: PlannedCache) -> Rate:
+    """The teacher's rate: as measured by this start, else that of this kind of GPU where it is known."""
+    if planned.views_per_s is not None:
+        return measured_rate(planned.views_per_s)
+    gpu = gpu_named(gpu_name(config.device))
+    teacher = planned.teacher.identity
+    if gpu is None or _precision(config, planned, use_device(config.device)) == "fp32":
+        return Rate(views_per_s=None, source="not known")
+    outline = outline_teacher(teacher.name, weights=config.weights, size_px=teacher.size_px)
+    return gpu.rate(teacher.name, teacher_shape(outline), FORWARD)
+
+
+def _typical_view_bytes(cache: Cache) -> float:
+    return typical_view_bytes(cache.manifest.views.size_px, cache.manifest.views.view_format)
 
 
 def _stored_view_bytes(cache: Cache) -> float | None:
@@ -99,7 +117,7 @@ def extract(
         todo,
         device=device,
         precision=_precision(config, planned, device),
-        batch_size=config.batch_size or (64 if device.type == "cuda" else 16),
+        batch_size=config.batch_size or default_batch(device),
         workers=config.workers if config.workers is not None else default_workers(cores, worker.count),
         progress=progress,
     )
@@ -111,6 +129,11 @@ def extract(
         units_left=len(left),
         seconds=time.monotonic() - started,
     )
+
+
+def default_batch(device: torch.device) -> int:
+    """Views in one forward of the teacher where nobody asks for a number."""
+    return 64 if device.type == "cuda" else 16
 
 
 def _number(cache: Cache, unit: tuple[str, int]) -> int:

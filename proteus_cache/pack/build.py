@@ -31,8 +31,8 @@ from proteus_cache.processes import usable_cores
 
 logger = logging.getLogger(__name__)
 
-Progress = Callable[[int, int], None]
-"""Called with (units done, units in all)."""
+Progress = Callable[[int, int, int], None]
+"""Called with (units done, units in all, bytes of the tars that this run made or moved)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,14 +133,16 @@ def _job(plan: PackPlan, view: str, shard: int) -> UnitJob:
 def _all_units(plan: PackPlan, workers: int, progress: Progress | None) -> dict[tuple[str, int], _Outcome]:
     """Pack all units, `workers` at a time; the first failure stops the rest."""
     outcomes: dict[tuple[str, int], _Outcome] = {}
+    n_bytes = 0
     assert plan.cache.image_table.num_rows  # read before the threads ask for it
     with ThreadPoolExecutor(workers, thread_name_prefix="pack") as threads:
         running = {threads.submit(_one_unit, plan, view, shard): (view, shard) for view, shard in _units(plan)}
         try:
             for future in as_completed(running):
-                outcomes[running[future]] = future.result()
+                outcome = outcomes[running[future]] = future.result()
+                n_bytes += 0 if outcome.kept else outcome.tar.size
                 if progress is not None:
-                    progress(len(outcomes), len(running))
+                    progress(len(outcomes), len(running), n_bytes)
         except BaseException:
             threads.shutdown(wait=True, cancel_futures=True)
             raise
@@ -170,13 +172,14 @@ def _only_move(plan: PackPlan, pack: PackDocument, progress: Progress | None) ->
         first = findings[0]
         raise FormatError(f"{plan.out / first.path}: {first.problem}; {first.remedy}")
     shutil.rmtree(plan.out / "tmp", ignore_errors=True)
-    moved = 0
+    moved = n_bytes = 0
     for done, (view, shard) in enumerate(_units(plan) if plan.move else []):
         if _is_cached(plan.cache, view, shard):
             move_unit(_job(plan, view, shard), pack.packed[view].tars[shard])
             moved += 1
+            n_bytes += pack.packed[view].tars[shard].size
         if progress is not None:
-            progress(done + 1, plan.n_units)
+            progress(done + 1, plan.n_units, n_bytes)
     return _report(plan, pack, written=0, moved=moved)
 
 

@@ -30,6 +30,7 @@ from proteus_cache.pack.order import BatchPlan, Order
 from proteus_cache.pack.samples import PackLayout, SampleReader
 from proteus_cache.pack.slots import SlotPool, SlotShape, shared_file
 from proteus_cache.pack.worker import ReaderProcess
+from proteus_cache.plan.human import human_bytes
 
 if TYPE_CHECKING:
     from proteus_cache.pack.reader import Pack
@@ -210,11 +211,10 @@ def _make_readers(layout: PackLayout, shape: SlotShape, n_workers: int, shared_f
         if descriptor is not None:
             return _Processes(layout, shape, n_workers, prefetch, descriptor)
     logger.warning(
-        "reading with %d threads instead of processes: %s has no room for %.0f MB of batches; "
-        "give the container more shared memory, or use fewer workers or a smaller batch",
-        n_workers,
+        "reading with threads instead of processes, which is slower: %s has no room for %s of batches; give it more "
+        "(a container: --shm-size), or use fewer --workers or a smaller --batch-size",
         shared_folder,
-        n_slots * shape.slot_bytes / 1e6,
+        human_bytes(n_slots * shape.slot_bytes),
     )
     return _Threads(layout, shape, n_workers)
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from proteus_cache import storage, tar
+from proteus_cache import storage, stores, tar
 from proteus_cache.cache.layout import PROBE, is_view
 from proteus_cache.cache.reader import Cache, combine_view_ids, open_cache
 from proteus_cache.cache.writer import rows_of_view
@@ -266,8 +266,7 @@ def _finished_pack(out: Path) -> PackDocument | None:
         foreign = [name for name in names if name != "tmp"]
         foreign += [f"tmp/{name}" for name in begun if not name.startswith("plan.json.")]
     if foreign:
-        listed = ", ".join(foreign[:3])
-        raise UsageError(f"{out}: holds something else ({listed}); give --out a new or empty folder")
+        raise UsageError(stores.occupied(out, foreign))
     return None
 
 
@@ -315,7 +314,7 @@ def _blob(cache: Cache, target: PackTarget) -> bytes | None:
 
 def _sizes(cache: Cache, plan: PlanDocument, out: Path) -> tuple[int, int]:
     """Bytes of all tars and indices, and of the tars that are there already."""
-    added = tar.BLOCK + tar.padded(sum(target.codec.code_bytes for target in plan.targets))
+    added = tar.member_bytes(sum(target.codec.code_bytes for target in plan.targets))
     total = there = 0
     for view, receipts in plan.receipts.items():
         for shard in range(len(receipts)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache, cached_property
 from itertools import accumulate
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from proteus_cache import storage
+from proteus_cache import storage, stores
 from proteus_cache.cache.layout import PROBE, view_index
 from proteus_cache.cache.manifest import TeacherRecord, ViewsRecord
 from proteus_cache.documents import MAX_DOCUMENT_BYTES, digest_of, parse_sealed
@@ -24,9 +25,11 @@ from proteus_cache.pack.order import SequentialOrder, TrainingOrder, records_of_
 from proteus_cache.pack.samples import PackLayout, SampleReader
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from proteus_cache.codecs import Codec
+    from proteus_cache.pack.batches import DecodedBatch
 
 _MAX_BLOB_BYTES = 1 << 30
 
@@ -47,7 +50,7 @@ class PackSample:
 
 def is_pack(path: Path) -> bool:
     """Whether `path` holds a finished pack."""
-    return storage.size_of(path / "pack.json") is not None
+    return path.is_dir() and storage.size_of(path / "pack.json") is not None
 
 
 def open_pack(path: str | Path) -> Pack:
@@ -58,11 +61,8 @@ def open_pack(path: str | Path) -> Pack:
         DamageError: its pack.json is damaged.
     """
     root = Path(path).absolute()
-    if not root.is_dir():
-        raise UsageError(f"{root}: no such folder; give the folder that `proteus-cache pack` wrote")
     if not is_pack(root):
-        what = "a cache; pack it first" if (root / "manifest.json").exists() else "no pack (it has no pack.json)"
-        raise UsageError(f"{root}: this is {what}; give the folder that `proteus-cache pack` wrote")
+        raise UsageError(stores.wrong_folder(root, "pack"))
     data = storage.read_bytes(root / "pack.json", MAX_DOCUMENT_BYTES)
     return Pack(root, PackDocument.parse(data, str(root / "pack.json")), digest_of(data))
 
@@ -77,6 +77,8 @@ class Pack:
         """Of pack.json: the identity of the pack."""
         self.check_index = cache(self._check_index)
         """Compare the index of a view index with its recorded SHA-256, once."""
+        self._codecs_on = cache(self._load_codecs)
+        self._statistics_on = cache(self._load_statistics)
 
     @property
     def teacher(self) -> TeacherRecord:
@@ -151,20 +153,87 @@ class Pack:
 
     @cached_property
     def codecs(self) -> dict[str, Codec]:
-        """Target name to its codec, on the CPU; `.to(device)` moves one.
+        """Target name to its codec, on the CPU; `.to(device)` moves one, and `decode` does not use them.
 
         Raises:
             DamageError: fitted parameters are missing or not the recorded ones.
         """
-        from proteus_cache.codecs import load_codec
-
-        return {t.name: load_codec(t.codec, tuple(t.shape), self._parameters_blob(t)) for t in self.targets}
+        return self._load_codecs("cpu")
 
     def decode(self, codes: Tensor) -> dict[str, Tensor]:
-        """(B, code_bytes) uint8 to target name -> (B, *shape) float32, on the device of codes and codecs."""
-        return {
-            t.name: self.codecs[t.name].decode(codes[:, t.offset : t.offset + t.codec.code_bytes]) for t in self.targets
-        }
+        """Codes to targets, on the device of the codes.
+
+        Args:
+            codes: (B, code_bytes) uint8.
+
+        Returns:
+            Tokens by target name, float32; `cls` (B, D), all others (B, T, D).
+
+        Raises:
+            DamageError: fitted parameters are missing or not the recorded ones.
+        """
+        codecs = self._codecs_on(codes.device)
+        return {t.name: codecs[t.name].decode(codes[:, t.offset : t.offset + t.codec.code_bytes]) for t in self.targets}
+
+    def normalise(self, views: Tensor) -> Tensor:
+        """Stored views to the pixels that a student is fed, on their device: minus the teacher's mean, over its std.
+
+        Args:
+            views: (B, H, W, 3) uint8.
+
+        Returns:
+            (B, 3, H, W) float32.
+        """
+        mean, std = self._statistics_on(views.device)
+        return (views.permute(0, 3, 1, 2).float() - mean) / std
+
+    def batches(
+        self,
+        *,
+        batch_size: int,
+        n_steps: int,
+        first_step: int = 0,
+        seed: int = 0,
+        device: str | torch.device = "cpu",
+        workers: int | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> Iterator[DecodedBatch]:
+        """Batches for a training loop of one's own, decoded, in the order that `proteus-cache train` takes.
+
+        Every epoch takes one view index; held-out images and the probe are never drawn. What step s holds depends on
+        the pack, `seed`, `batch_size` and s alone, so a loop that was stopped goes on with `first_step`.
+
+        Args:
+            batch_size: over all processes.
+            n_steps: the last step is `n_steps` - 1.
+            first_step: steps that are done already.
+            seed: of the order.
+            device: where the tensors are put.
+            workers: reader processes; None takes the usable cores less one, 0 reads in this process.
+            rank: of this process; each gets its part of every batch.
+            world_size: processes that share a batch.
+
+        Returns:
+            A `DecodedBatch` for each step, in their order; the readers end with the iterator.
+
+        Raises:
+            UsageError: a batch is larger than the data, or too small for the processes.
+            DamageError: while it is read: bytes are not those that were packed.
+        """
+        from proteus_cache.pack.batches import decoded_batches
+
+        return decoded_batches(
+            self,
+            batch_size=batch_size,
+            n_steps=n_steps,
+            first_step=first_step,
+            seed=seed,
+            device=device,
+            workers=workers,
+            rank=rank,
+            world_size=world_size,
+        )
 
     def sample_reader(self) -> SampleReader:
         """A reader of this pack's bytes; one for each thread."""
@@ -218,6 +287,22 @@ class Pack:
             raise DamageError(f"{path}: missing; {REMEDY}")
         if storage.sha256_of(path) != (recorded.size, recorded.sha256):
             raise ChecksumError(f"{path}: is not the index that pack.json names; {REMEDY}")
+
+    def _load_codecs(self, device: str | torch.device) -> dict[str, Codec]:
+        from proteus_cache.codecs import load_codec
+
+        loaded = {t.name: load_codec(t.codec, tuple(t.shape), self._parameters_blob(t)) for t in self.targets}
+        return {name: codec.to(device) for name, codec in loaded.items()}
+
+    def _load_statistics(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of pixels in 0 to 255, each (3, 1, 1)."""
+        import torch
+
+        mean, std = (
+            255 * torch.tensor(values, device=device).reshape(3, 1, 1)
+            for values in (self.teacher.mean, self.teacher.std)
+        )
+        return mean, std
 
     def _parameters_blob(self, target: PackTarget) -> bytes | None:
         if target.codec.parameters is None:

@@ -24,7 +24,7 @@ from proteus_cache.views.encode import decode_view, digest_pixels
 
 
 def verify_pack(
-    path: str | Path, read_data: bool = False, progress: Callable[[int, int], None] | None = None
+    path: str | Path, read_data: bool = False, progress: Callable[[int, int, int], None] | None = None
 ) -> list[Finding]:
     """Check a pack; an empty list means that nothing is wrong.
 
@@ -32,7 +32,7 @@ def verify_pack(
         path: the pack's folder.
         read_data: read every file and check every digest and checksum, the pixels of views included;
             otherwise structure, names and sizes.
-        progress: called with (tars done, tars in all).
+        progress: called with (tars done, tars in all, bytes read of them).
 
     Raises:
         UsageError: there is no pack at `path`.
@@ -41,15 +41,16 @@ def verify_pack(
     pack = open_pack(path)
     findings = [*_identity(pack), *_codec_files(pack)]
     n_tars = sum(len(entry.tars) for entry in pack.document.packed.values())
-    done = 0
+    done = n_bytes = 0
     for view, entry in pack.document.packed.items():
         records, found = _index(pack, view, read_data)
         findings += found
         for number in range(len(entry.tars)):
             findings += _tar(pack, view, number, records, read_data)
             done += 1
+            n_bytes += entry.tars[number].size if read_data else 0
             if progress is not None:
-                progress(done, n_tars)
+                progress(done, n_tars, n_bytes)
     return findings + list(_unknown_files(pack))
 
 

@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from proteus_cache import storage
+from proteus_cache import storage, stores
 from proteus_cache.cache.layout import PROBE, views_tar
 from proteus_cache.cache.manifest import TeacherRecord, ViewsRecord
-from proteus_cache.cache.reader import Cache, combine_view_ids, is_cache, open_cache
+from proteus_cache.cache.reader import Cache, combine_view_ids, open_cache
 from proteus_cache.cache.writer import rows_of_view
 from proteus_cache.errors import FormatError, UsageError
 from proteus_cache.plan import human_bytes
@@ -17,25 +17,16 @@ from proteus_cache.plan import human_bytes
 _TRAIN_AGAIN = "run the same training with --resume: it writes the file anew"
 
 
-def kind_of(path: Path) -> str:
+def kind_of(path: Path) -> stores.Kind:
     """ "cache", "pack" or "run".
 
     Raises:
         UsageError: `path` is none of them.
     """
-    if not path.is_dir():
-        what = "is a file" if path.exists() else "no such folder"
-        raise UsageError(f"{path}: {what}; give the folder that extract, pack or train wrote")
-    if is_cache(path):
-        return "cache"
-    if (path / "pack.json").is_file():
-        return "pack"
-    if (path / "config.yaml").is_file():
-        return "run"
-    raise UsageError(
-        f"{path}: is no cache (manifest.json), pack (pack.json) or run (config.yaml); give the folder that extract, "
-        "pack or train wrote"
-    )
+    kind = stores.kind_of(path)
+    if kind is None:
+        raise UsageError(stores.wrong_folder(path, "cache", "pack", "run"))
+    return kind
 
 
 def summarise(path: Path) -> dict[str, Any]:

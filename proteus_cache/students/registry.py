@@ -1,4 +1,4 @@
-"""The four student sizes of Proteus, built as plain timm VisionTransformers.
+"""The four student sizes of Proteus and a tiny one for first runs, built as plain timm VisionTransformers.
 
 A student takes picture size, patch size and pixel statistics from the pack, so its token grid is the
 teacher's. Initialisation is the released one (timm's default for this class): truncated normal 0.02 for
@@ -8,12 +8,12 @@ every value. torch is imported only when a student is built.
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from proteus_cache.choices import unknown
 from proteus_cache.errors import ConfigError, UsageError
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ class StudentSize:
 
 
 STUDENTS: Mapping[str, StudentSize] = {
+    "vit_demo": StudentSize(width=96, depth=4, heads=3, batch_size=128),
     "vit_ti14": StudentSize(width=192, depth=12, heads=3),
     "vit_s14": StudentSize(width=384, depth=12, heads=6),
     "vit_b14": StudentSize(width=768, depth=12, heads=12),
@@ -47,9 +48,7 @@ def student_size(name: str) -> StudentSize:
     """
     if name in STUDENTS:
         return STUDENTS[name]
-    near = difflib.get_close_matches(name, STUDENTS, n=1)
-    hint = f"; did you mean {near[0]}?" if near else ""
-    raise UsageError(f"unknown student {name!r}; choose one of {', '.join(STUDENTS)}{hint}")
+    raise UsageError(unknown("student", name, STUDENTS))
 
 
 def student_architecture(name: str, *, size_px: int, patch_px: int) -> dict[str, object]:

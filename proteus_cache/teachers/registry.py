@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from proteus_cache.choices import either, unknown
 from proteus_cache.errors import UsageError
 from proteus_cache.teachers.dinov2_models import DINOV2
 
 if TYPE_CHECKING:
     from proteus_cache.teachers.teacher import Teacher
 
-TEACHERS: tuple[str, ...] = (*DINOV2, "vit")
+TEACHERS: tuple[str, ...] = (*DINOV2, "demo", "vit")
 """Names that stand alone; `timm:NAME` is the other kind."""
 
 
@@ -25,9 +25,7 @@ def check_teacher_name(name: str) -> None:
     """
     if name in TEACHERS or (name.startswith("timm:") and name != "timm:"):
         return
-    near = difflib.get_close_matches(name, TEACHERS, n=3)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"choose {', '.join(TEACHERS)} or timm:NAME"
-    raise UsageError(f"unknown teacher {name!r}; {hint}")
+    raise UsageError(unknown("teacher", name, TEACHERS, also="timm:NAME"))
 
 
 def load_teacher(
@@ -57,6 +55,10 @@ def load_teacher(
         from proteus_cache.teachers.dinov2 import load_dinov2
 
         return load_dinov2(name, weights=weights, home=home, size_px=size_px, progress=progress)
+    if name == "demo":
+        from proteus_cache.teachers.vit_file import load_demo
+
+        return load_demo(weights=weights, home=home, size_px=size_px)
     if name == "vit":
         from proteus_cache.teachers.vit_file import load_vit
 
@@ -74,8 +76,10 @@ def fetch_weights(name: str, home: Path, progress: Callable[[int, int | None], N
         WeightsError: no network, or the file is not of this model.
     """
     check_teacher_name(name)
+    if name == "demo":
+        raise UsageError("nothing to fetch for 'demo': its weights come with proteus-cache")
     if name not in DINOV2:
-        raise UsageError(f"nothing to fetch for {name!r}; choose one of {', '.join(DINOV2)}")
+        raise UsageError(f"nothing to fetch for {name!r}; choose {either(list(DINOV2))}")
     from proteus_cache.teachers.dinov2 import fetch_dinov2
 
     return fetch_dinov2(name, home, progress)

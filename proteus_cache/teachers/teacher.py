@@ -82,13 +82,10 @@ class Teacher:
         Raises:
             UsageError: this teacher has no such target.
         """
-        width = self.identity.width
-        if name == "cls":
-            return (width,)
-        if name == "patch":
-            return (self.n_patches, width)
-        self._block_of(name)
-        return (1 + self.n_patches, width)
+        identity = self.identity
+        return target_shape(
+            name, teacher=identity.name, n_patches=self.n_patches, width=identity.width, depth=identity.depth
+        )
 
     def targets(self, views: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
         """What the teacher says of a batch of views, from one forward.
@@ -150,16 +147,7 @@ class Teacher:
         return chosen.clone(memory_format=torch.contiguous_format)
 
     def _block_of(self, name: str) -> int:
-        last = self.identity.depth - 1
-        if name in ("cls", "patch"):
-            return last
-        match = _BLOCK.fullmatch(name)
-        if match is None or int(match[1]) > last:
-            raise UsageError(
-                f"{self.identity.name} has no target {name!r}; it has cls, patch and block.0 to block.{last} "
-                f"(block.N.raw without the final norm)"
-            )
-        return int(match[1])
+        return _block_of(name, self.identity.name, self.identity.depth)
 
     def _normalise(self, views: Tensor) -> Tensor:
         """(B, H, W, 3) uint8 -> (B, 3, H, W) float32 on the device: divided by 255, minus mean, over std."""
@@ -182,6 +170,32 @@ class Teacher:
         else:
             with torch.autocast(self._device.type, _AUTOCAST_DTYPE[self._precision]):
                 yield
+
+
+def target_shape(name: str, *, teacher: str, n_patches: int, width: int, depth: int) -> tuple[int, ...]:
+    """Shape of target `name` of a teacher of these widths for one view: (D,), (P, D) or (1 + P, D).
+
+    Raises:
+        UsageError: it has no such target.
+    """
+    _block_of(name, teacher, depth)
+    if name == "cls":
+        return (width,)
+    return (n_patches, width) if name == "patch" else (1 + n_patches, width)
+
+
+def _block_of(name: str, teacher: str, depth: int) -> int:
+    """The 0-based block that a target comes from."""
+    last = depth - 1
+    if name in ("cls", "patch"):
+        return last
+    match = _BLOCK.fullmatch(name)
+    if match is None or int(match[1]) > last:
+        raise UsageError(
+            f"{teacher} has no target {name!r}; it has cls, patch and block.0 to block.{last} "
+            f"(block.N.raw without the final norm)"
+        )
+    return int(match[1])
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import timm
+import torch
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
@@ -29,6 +30,8 @@ from proteus_cache.teachers.random_weights import NO_LICENCE, random_state
 from proteus_cache.teachers.teacher import Teacher
 from proteus_cache.teachers.weights import RandomWeights, load_weights, parse_weights, state_digest
 
+_HUB_FILES = ("model.safetensors", "pytorch_model.bin")
+_HUB_ANSWERS_S = 10.0
 _MODULES = ("timm.models.vision_transformer", "timm.models.deit", "timm.models.eva")
 
 
@@ -71,6 +74,21 @@ def load_timm(model_name: str, *, weights: str | None, home: Path, size_px: int 
     return Teacher(model, identity)
 
 
+def outline_timm(model_name: str, size_px: int | None) -> tuple[TokenModel, int, Statistics, Statistics]:
+    """The model `timm:model_name` on the meta device, the side of its views, and the pixels' mean and deviation.
+
+    Raises:
+        UsageError: as `load_timm`.
+    """
+    _check_name(model_name)
+    with torch.device("meta"):
+        model = _create(model_name, size_px, is_pretrained=False)
+    config = cast(Mapping[str, Any], model.pretrained_cfg)  # Any: timm's own record of mixed values
+    side_px = int(config["input_size"][-1]) if size_px is None else size_px
+    check_size(side_px, model.patch_embed.patch_size[0], f"timm:{model_name}")
+    return model, side_px, _statistics(config["mean"]), _statistics(config["std"])
+
+
 def _check_name(model_name: str) -> None:
     """Refuse unknown models, and those of a family that has no tokens, before anything is built."""
     if not timm.is_model(model_name):
@@ -86,14 +104,16 @@ def _create(model_name: str, size_px: int | None, *, is_pretrained: bool) -> Tok
     if is_pretrained and not timm.is_model_pretrained(model_name):
         raise WeightsError(f"timm has no published weights for {model_name}; pass --weights FILE or random:SEED")
     try:
+        if is_pretrained:
+            _ask_hub(model_name)
         model = timm.create_model(model_name, pretrained=is_pretrained, num_classes=0, **size)
     except Exception as error:  # hub clients raise errors of several unrelated libraries
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         if not is_pretrained:
             raise UsageError(f"timm cannot build {model_name} at {size_px} px: {reason}") from error
         raise WeightsError(
-            f"cannot get the published weights of timm:{model_name} ({reason}); load them once on a "
-            "connected machine with the same HF_HOME, or pass --weights FILE"
+            f"cannot get the published weights of timm:{model_name} from {_source_of(model_name)} ({reason}); without "
+            "network here, run the same command once where there is one with the same HF_HOME, or pass --weights FILE"
         ) from error
     if not isinstance(model, VisionTransformer | Eva):
         raise UsageError(f"timm:{model_name} is a {type(model).__name__}, not a plain ViT")
@@ -101,6 +121,37 @@ def _create(model_name: str, size_px: int | None, *, is_pretrained: bool) -> Tok
     if model.attn_pool is not None:
         model.attn_pool = None  # type: ignore[assignment]  # as timm itself removes it: no part of the backbone
     return model
+
+
+def _ask_hub(model_name: str) -> None:
+    """Find out at once whether the hub answers: its own client asks again and again for a minute before it says.
+
+    Raises:
+        Exception: of the hub client, when nothing answers and the weights were never fetched.
+    """
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError
+
+    repository = _hub_repository(model_name)
+    if repository is None or any(isinstance(try_to_load_from_cache(repository, file), str) for file in _HUB_FILES):
+        return
+    try:
+        get_hf_file_metadata(hf_hub_url(repository, _HUB_FILES[0]), timeout=_HUB_ANSWERS_S)
+    except HfHubHTTPError:
+        return  # it answers: timm looks for other files, and says what it lacks
+
+
+def _hub_repository(model_name: str) -> str | None:
+    """Where on the hub timm looks for published weights; None where it looks elsewhere."""
+    config = timm.get_pretrained_cfg(model_name)
+    name = None if config is None or config.file else config.hf_hub_id
+    return str(name).partition("@")[0] if name else None
+
+
+def _source_of(model_name: str) -> str:
+    repository = _hub_repository(model_name)
+    config = timm.get_pretrained_cfg(model_name)
+    return f"https://huggingface.co/{repository}" if repository else str(config.url if config else "its publisher")
 
 
 def _statistics(values: tuple[float, ...]) -> Statistics:

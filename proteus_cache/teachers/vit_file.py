@@ -1,4 +1,6 @@
-"""The teacher `vit`: a safetensors file whose metadata say how to build it and how pixels are normalised.
+"""Teachers in a safetensors file whose metadata say how to build them and how pixels are normalised.
+
+`vit` is any such file of the user's; `demo` is the small trained one that comes with this package.
 
 Metadata: `timm_vision_transformer` (JSON object, arguments of timm's VisionTransformer), `pixel_mean` and
 `pixel_std` (JSON lists of three numbers), and, where known, `licence`. Students are saved in this form too.
@@ -37,6 +39,7 @@ _CHOICES: Mapping[str, tuple[str, ...]] = {
     "act_layer": ("gelu", "gelu_tanh", "quick_gelu", "silu", "relu"),
 }
 _LARGEST = 1 << 16
+_DEMO_FILE = Path(__file__).with_name("demo.safetensors")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,19 +58,49 @@ class DescribedVit:
 
 def load_vit(*, weights: str | None, home: Path, size_px: int | None) -> Teacher:
     """Build the teacher that a file describes; arguments and errors as `registry.load_teacher`."""
+    return _load("vit", _file_of("vit", weights), home, size_px)
+
+
+def load_demo(*, weights: str | None, home: Path, size_px: int | None) -> Teacher:
+    """Build the teacher `demo`, trained by pipelines/train_demo_teacher.py; errors as `registry.load_teacher`."""
+    return _load("demo", _file_of("demo", weights), home, size_px)
+
+
+def described_file(name: str, weights: str | None) -> DescribedVit:
+    """What the file of teacher `vit` or `demo` says of itself; no tensor is read.
+
+    Raises:
+        UsageError: `vit` without a file, or `demo` with one.
+        WeightsError: it cannot be read, or describes no ViT.
+    """
+    path = _file_of(name, weights)
+    return parse_description(read_metadata(path), path)
+
+
+def _file_of(name: str, weights: str | None) -> Path:
+    """The weights of `demo`, which ship with the package, or those given for `vit`."""
+    if name == "demo":
+        if weights is not None:
+            raise UsageError("teacher demo comes with its weights; leave --weights out")
+        return _DEMO_FILE
     path = parse_weights(weights) if weights is not None else None
     if not isinstance(path, Path) or path.suffix != ".safetensors":
-        raise UsageError("teacher vit needs --weights FILE.safetensors whose metadata describe the model")
+        given = "" if weights is None else f", got {weights}"
+        raise UsageError(f"teacher vit needs --weights FILE.safetensors whose metadata describe the model{given}")
+    return path
+
+
+def _load(name: str, path: Path, home: Path, size_px: int | None) -> Teacher:
     vit = parse_description(read_metadata(path), path)
     side_px = vit.size_px if size_px is None else size_px
-    check_size(side_px, vit.patch_px, "vit")
+    check_size(side_px, vit.patch_px, name)
     loaded = load_weights(path, home, lambda raw: _fit(vit, raw))
     model = build_vision_transformer({**vit.arguments, "num_classes": 0}, (side_px, side_px))
     check_tokens(model, f"the model in {path}")
     load_into(model, loaded.state)
     identity = describe(
         model,
-        name="vit",
+        name=name,
         architecture={"img_size": side_px, **vit.arguments, "num_classes": 0},
         size_px=side_px,
         weights_source=path.name,

@@ -124,7 +124,9 @@ def read_metadata(path: Path) -> dict[str, str]:
         with safe_open(path, framework="pt") as file:
             return dict(file.metadata() or {})
     except (SafetensorError, OSError) as error:
-        raise WeightsError(f"{path}: not a readable safetensors file ({_line(error)})") from error
+        raise WeightsError(
+            f"{path}: not a readable safetensors file ({_line(error)}); copy or fetch it again"
+        ) from error
 
 
 def fit_state(
@@ -168,7 +170,9 @@ def _load_safetensors(path: Path, fit: Fit) -> LoadedWeights:
         with safe_open(path, framework="pt") as file:
             raw = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
     except (SafetensorError, OSError) as error:
-        raise WeightsError(f"{path}: not a readable safetensors file ({_line(error)})") from error
+        raise WeightsError(
+            f"{path}: not a readable safetensors file ({_line(error)}); copy or fetch it again"
+        ) from error
     state = _fitted(raw, str(path), fit)
     sha256 = state_digest(state)
     if metadata.get(_DIGEST_KEY, sha256) != sha256:
@@ -210,7 +214,10 @@ def _unpickle(path: Path, shown: str) -> dict[str, Tensor]:
             f"{_wanted(error)}; use the official file, or convert it to safetensors where you trust it"
         ) from error
     except Exception as error:  # a damaged pickle can make the unpickler raise anything
-        raise WeightsError(f"{shown}: not a readable PyTorch weights file ({_line(error)})") from error
+        raise WeightsError(
+            f"{shown}: not a readable PyTorch weights file ({type(error).__name__}: {_line(error)}); copy or fetch it "
+            "again"
+        ) from error
     if not isinstance(loaded, dict) or not all(isinstance(name, str) for name in loaded):
         raise WeightsError(f"{shown}: holds a {type(loaded).__name__}, not a state dict (name -> tensor)")
     other = sorted(name for name, value in loaded.items() if not isinstance(value, Tensor))

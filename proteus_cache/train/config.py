@@ -7,15 +7,15 @@ fast, how often to save) may change between two starts of one run.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 import typing
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import UnionType
 from typing import Literal, TypeAlias
 
+from proteus_cache.choices import either, nearest, unknown
 from proteus_cache.errors import ConfigError
 from proteus_cache.students.registry import student_size
 
@@ -167,12 +167,13 @@ class TrainConfig:
         return values | {"batch_size": self.global_batch, "lr": self.peak_lr}
 
 
-def config_from_mapping(values: Mapping[str, object], what: str = "config") -> TrainConfig:
+def config_from_mapping(values: Mapping[str, object], what: str = "config", flags: Collection[str] = ()) -> TrainConfig:
     """A config from the plain values of a YAML file or a command line.
 
     Args:
         values: field -> value; whole numbers may stand for floats, strings for paths.
         what: file or place, for the message.
+        flags: fields that were given as `--field`, for the message.
 
     Raises:
         ConfigError: an unknown field (the nearest is named), a missing one, or a value of another type.
@@ -181,14 +182,16 @@ def config_from_mapping(values: Mapping[str, object], what: str = "config") -> T
     parsed = {}
     for name, value in values.items():
         if name not in types:
-            near = difflib.get_close_matches(str(name), types, n=1)
-            hint = f"; did you mean {near[0]}?" if near else f"; it can be one of {', '.join(types)}"
-            raise ConfigError(f"{what}: unknown setting {name!r}{hint}")
-        parsed[name] = _parse(value, types[name], f"{what}: {name}")
+            raise ConfigError(f"{what}: {unknown('setting', name, types)}")
+        where = f"--{name.replace('_', '-')}" if name in flags else f"{what}: {name}"
+        parsed[name] = _parse(value, types[name], where)
     missing = [name for name in ("student", "data", "out") if name not in parsed]
     if missing:
         raise ConfigError(f"{what}: {missing[0]} is not set")
     return TrainConfig(**parsed)
+
+
+_KINDS = {int: "a whole number", float: "a number", str: "a name", bool: "true or false", Path: "a path"}
 
 
 def _parse(value: object, wanted: object, what: str) -> typing.Any:  # any field's type
@@ -211,8 +214,10 @@ def _parse(value: object, wanted: object, what: str) -> typing.Any:  # any field
         except ValueError:
             pass
     choices = [str(choice) for option in options for choice in typing.get_args(option)]
-    names = [option.__name__ for option in options if isinstance(option, type) and option is not type(None)]
-    raise ConfigError(f"{what} must be {' or '.join(choices or names)}, got {value!r}")
+    names = [_KINDS[option] for option in options if option in _KINDS]
+    near = nearest(str(value), choices)
+    hint = f"; did you mean {either(near)}?" if near else ""
+    raise ConfigError(f"{what} must be {either(choices or names)}, got {value!r}{hint}")
 
 
 def _positive_integers() -> tuple[str, ...]:

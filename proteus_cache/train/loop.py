@@ -103,7 +103,7 @@ def train(
     accelerator = make_accelerator(device, precision)
     try:
         check_space(config, plan_for_pack(config, pack, accelerator.num_processes))
-        run = _prepare(config, pack, order, accelerator, precision)
+        run = prepare_run(config, pack, order, accelerator, precision)
         first_step = _resume(run) if resume else 0
         accelerator.wait_for_everyone()
         result = _train(run, first_step, progress)
@@ -115,8 +115,8 @@ def train(
         accelerator.end_training()
 
 
-def _prepare(config: TrainConfig, pack: Pack, order: TrainingOrder, accelerator: Accelerator, precision: str) -> Run:
-    """Build the student and all that trains it."""
+def prepare_run(config: TrainConfig, pack: Pack, order: TrainingOrder, accelerator: Accelerator, precision: str) -> Run:
+    """Build the student and all that trains it, on the accelerator's device; nothing is written."""
     teacher = pack.teacher
     mean, std = tuple(teacher.mean), tuple(teacher.std)
     student = build_student(
@@ -190,7 +190,7 @@ def _train(run: Run, first_step: int, progress: ReportProgress | None) -> TrainR
             record.write_student(run.state, done)
     stopped_by = None if done >= run.n_steps else stop.name or "a signal to another process"
     if is_main and stopped_by is not None:
-        log.warning("stopped by %s after step=%d; go on with --resume", stopped_by, done)
+        log.info("stopped by %s after step=%d; go on with --resume", stopped_by, done)
     elif is_main:
         log.info("finished steps=%d out=%s", done, config.out)
     return TrainResult(config.out, first_step, done, run.n_steps, stopped_by, losses)

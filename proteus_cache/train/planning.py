@@ -1,14 +1,16 @@
-"""What a run will read and write, said before it starts; and whether its checkpoints fit on the disk."""
+"""What a run will read and write, found out before it starts; and whether its checkpoints fit on the disk."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-
 from proteus_cache import storage
+from proteus_cache.devices import gpu_name
 from proteus_cache.errors import SpaceError
 from proteus_cache.pack.order import TrainingOrder
 from proteus_cache.pack.reader import Pack, open_pack
-from proteus_cache.plan import human_bytes
+from proteus_cache.plan.costs import STEP, STEP_WITHOUT_MASKS, student_shape
+from proteus_cache.plan.human import human_bytes
+from proteus_cache.plan.rates import Gpu, gpu_named
+from proteus_cache.plan.training import TrainingSize, TrainPlan
 from proteus_cache.students.registry import student_size
 from proteus_cache.train.checkpoint import checkpoint_steps
 from proteus_cache.train.config import TrainConfig
@@ -18,60 +20,26 @@ from proteus_cache.train.source import check_targets, mean_sample_bytes, n_patch
 _BYTES_PER_PARAMETER = 4
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrainPlan:
-    """A run in numbers."""
-
-    student: str
-    parameters: int
-    """Of the student, without heads."""
-    views: int
-    """Stored views in the pack, the probe left out."""
-    views_per_epoch: int
-    batch_size: int
-    steps_per_epoch: int
-    n_steps: int
-    bytes_per_step: int
-    """Read from the pack, on average."""
-    bytes_to_read: int
-    """Over all steps."""
-    checkpoint_bytes: int
-    bytes_to_write: int
-    """Largest at any time: the checkpoints that are kept, one more while it is written, and the results."""
-    free_bytes: int
-    free_inodes: int | None
-
-    processes: int
-
-    def to_mapping(self) -> dict[str, int | str | None]:
-        """Plain values."""
-        return asdict(self)
-
-    def lines(self) -> list[str]:
-        """For people."""
-        inodes = "" if self.free_inodes is None else f", {self.free_inodes:,} inodes"
-        share = "" if self.processes == 1 else f" on {self.processes} processes"
-        return [
-            f"student   {self.student}, {self.parameters / 1e6:.2f} M parameters",
-            f"data      {self.views:,} views, {self.views_per_epoch:,} in an epoch",
-            f"steps     {self.n_steps:,} of {self.batch_size:,} views{share}, {self.steps_per_epoch:,} in an epoch",
-            f"reads     {human_bytes(self.bytes_per_step)} a step, {human_bytes(self.bytes_to_read)} in all",
-            f"writes    {human_bytes(self.bytes_to_write)}, {human_bytes(self.checkpoint_bytes)} a checkpoint",
-            f"free      {human_bytes(self.free_bytes)}{inodes}",
-        ]
-
-
 def plan_training(config: TrainConfig, processes: int) -> TrainPlan:
     """The numbers of a run; nothing is read but the pack's description.
 
     Raises:
-        UsageError: pack and config do not go together.
+        UsageError: pack and config do not go together, or a GPU is asked for and there is none.
     """
-    return plan_for_pack(config, open_pack(config.data), processes)
+    pack = open_pack(config.data)
+    gpu = gpu_named(gpu_name(config.device))
+    return plan_for_pack(config, pack, processes, None if config.precision == "fp32" else gpu)
 
 
-def plan_for_pack(config: TrainConfig, pack: Pack, processes: int) -> TrainPlan:
-    """As `plan_training`, with the pack at hand."""
+def plan_for_pack(config: TrainConfig, pack: Pack, processes: int, gpu: Gpu | None = None) -> TrainPlan:
+    """As `plan_training`, with the pack at hand.
+
+    Args:
+        config: the run.
+        pack: at `config.data`.
+        processes: that train.
+        gpu: what each of them runs on, where its rates are known and wanted.
+    """
     check_targets(pack, config)
     order = pack.training_order(seed=config.seed, batch_size=config.global_batch)
     n_steps = steps_of(config, order)
@@ -79,23 +47,24 @@ def plan_for_pack(config: TrainConfig, pack: Pack, processes: int) -> TrainPlan:
     trained = parameters + added_parameters(config, pack)
     checkpoint = _BYTES_PER_PARAMETER * (3 * trained + parameters)  # weights and two moments; the average
     results = _BYTES_PER_PARAMETER * (trained + parameters)
-    free = storage.free_space(config.out)
-    bytes_per_step = config.global_batch * mean_sample_bytes(pack)
+    shape = student_shape(config.student, size_px=pack.side_px, patch_px=pack.teacher.patch_px)
+    passes = STEP if config.weight_patch > 0 else STEP_WITHOUT_MASKS
     return TrainPlan(
         student=config.student,
         parameters=parameters,
         views=len(pack),
-        views_per_epoch=order.n_samples,
-        batch_size=config.global_batch,
-        steps_per_epoch=order.steps_per_epoch,
-        n_steps=n_steps,
-        bytes_per_step=bytes_per_step,
-        bytes_to_read=n_steps * bytes_per_step,
+        size=TrainingSize(
+            views_per_epoch=order.n_samples,
+            batch_size=config.global_batch,
+            n_steps=n_steps,
+            bytes_per_view=mean_sample_bytes(pack),
+        ),
         checkpoint_bytes=checkpoint,
         bytes_to_write=(config.keep_checkpoints + 1) * checkpoint + results,
-        free_bytes=free.bytes,
-        free_inodes=free.inodes,
+        free=storage.free_space(config.out),
         processes=processes,
+        gpu=None if gpu is None else gpu.title,
+        rate=None if gpu is None else gpu.rate(config.student, shape, passes),
     )
 
 
@@ -112,7 +81,7 @@ def check_space(config: TrainConfig, plan: TrainPlan) -> None:
         SpaceError: says how much is missing, and the most checkpoints that would fit.
     """
     n_there = len(checkpoint_steps(config.out / CHECKPOINTS))
-    missing = plan.bytes_to_write - n_there * plan.checkpoint_bytes - plan.free_bytes
+    missing = plan.bytes_to_write - n_there * plan.checkpoint_bytes - plan.free.bytes
     if missing <= 0:
         return
     fitting = config.keep_checkpoints - -(-missing // plan.checkpoint_bytes)
@@ -123,7 +92,7 @@ def check_space(config: TrainConfig, plan: TrainPlan) -> None:
     )
     raise SpaceError(
         f"{config.out}: the run needs {human_bytes(plan.bytes_to_write)} (results, {config.keep_checkpoints} "
-        f"checkpoints, one more while it is written), and {human_bytes(plan.free_bytes)} are free; {remedy}"
+        f"checkpoints, one more while it is written), and {human_bytes(plan.free.bytes)} are free; {remedy}"
     )
 
 

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import yaml
 
-from proteus_cache import storage
+from proteus_cache import storage, stores
 from proteus_cache.errors import StorageError, UsageError
 from proteus_cache.train.checkpoint import checkpoint_steps
 
@@ -52,7 +52,7 @@ def check_run_folder(out: Path, *, resume: bool) -> None:
         raise UsageError(f"{out}: is a file; --out names the folder of a run")
     foreign = [name for name in storage.list_folder(out) if name not in _OURS and not name.startswith(".")]
     if foreign:
-        raise UsageError(f"{out}: holds {foreign[0]!r}, which is not part of a run; choose another --out")
+        raise UsageError(stores.occupied(out, foreign))
     steps = checkpoint_steps(out / CHECKPOINTS)
     if steps and not resume:
         raise UsageError(

@@ -43,7 +43,7 @@ def make_state(bare: Distillation, config: TrainConfig, accelerator: Accelerator
         lr=config.peak_lr,
         betas=(config.beta1, config.beta2),
         eps=config.adam_eps,
-        fused=True if device.type == "cuda" else None,
+        fused=True,
     )
     model, optimizer = accelerator.prepare(bare, adamw)
     return TrainingState(bare, model, adamw, optimizer, ema, accelerator.scaler)

@@ -7,13 +7,16 @@ Nothing in a step waits for the GPU: batches, masks and losses move asynchronous
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from proteus_cache.devices import or_explain
 from proteus_cache.errors import ProteusCacheError
 from proteus_cache.pack.loader import Loader
 from proteus_cache.pack.order import TrainingOrder
@@ -22,6 +25,7 @@ from proteus_cache.train.checkpoint import CheckpointState, write_checkpoint
 from proteus_cache.train.config import TrainConfig
 from proteus_cache.train.feed import DeviceBatch, DeviceClock, DeviceFeed, cut
 from proteus_cache.train.masking import n_masked_images
+from proteus_cache.train.memory import dry_step, smaller_parts
 from proteus_cache.train.progress import Progress, RateMeter, ReportProgress
 from proteus_cache.train.record import RunRecord, StepResult
 from proteus_cache.train.run_folder import CHECKPOINTS, LOSS_NAMES
@@ -50,6 +54,48 @@ class Run:
         """Views and masked views that this process's means run over: its share of the global batch's."""
         ranks = self.accelerator.num_processes
         return self.config.global_batch / ranks, n_masked_images(self.config.global_batch) / ranks
+
+
+class StepContext(Protocol):
+    """What a step needs of a run."""
+
+    @property
+    def config(self) -> TrainConfig: ...
+    @property
+    def accelerator(self) -> Accelerator: ...
+    @property
+    def state(self) -> TrainingState: ...
+    @property
+    def counts(self) -> tuple[float, float]: ...
+
+
+def take_step(run: StepContext, batch: DeviceBatch, targets_of: Callable[[DeviceBatch], dict[str, Tensor]]) -> Tensor:
+    """One optimiser step.
+
+    Args:
+        run: its state changes.
+        batch: this process's share of a global batch, on the device.
+        targets_of: what the teacher says of the views of a part of the batch, by target name.
+
+    Returns:
+        (4,) losses as `Distillation.forward` gives them, still on the device.
+    """
+    accelerator, state = run.accelerator, run.state
+    for group in state.adamw.param_groups:
+        group["lr"] = learning_rate(run.config, batch.epoch)
+    parts = list(cut(batch, run.config.accumulate))
+    total: Tensor | None = None
+    for number, part in enumerate(parts, start=1):
+        is_last = number == len(parts)
+        with nullcontext() if is_last else accelerator.no_sync(state.model):
+            losses: Tensor = state.model(part.views, targets_of(part), part.masked_MK, part.first_odd, run.counts)
+            accelerator.backward(losses[0])
+        total = losses.detach() if total is None else total + losses.detach()
+    state.optimizer.step()
+    state.optimizer.zero_grad()
+    state.ema.update(state.bare.student)
+    assert total is not None
+    return total
 
 
 class Steps:
@@ -96,38 +142,21 @@ class Steps:
                 break
         return done, self._last
 
-    def _step(self, batch: DeviceBatch) -> Tensor:
-        """One optimiser step; returns its four losses, still on the device."""
-        run = self._run
-        accelerator, state = run.accelerator, run.state
-        for group in state.adamw.param_groups:
-            group["lr"] = learning_rate(run.config, batch.epoch)
-        parts = list(cut(batch, run.config.accumulate))
-        total: Tensor | None = None
-        for number, part in enumerate(parts, start=1):
-            is_last = number == len(parts)
-            with nullcontext() if is_last else accelerator.no_sync(state.model):
-                targets = run.decoder(part.codes)
-                losses: Tensor = state.model(part.views, targets, part.masked_MK, part.first_odd, run.counts)
-                accelerator.backward(losses[0])
-            total = losses.detach() if total is None else total + losses.detach()
-        state.optimizer.step()
-        state.optimizer.zero_grad()
-        state.ema.update(state.bare.student)
-        assert total is not None
-        return total
-
     def _step_or_explain(self, batch: DeviceBatch) -> Tensor:
-        try:
-            return self._step(batch)
-        except torch.cuda.OutOfMemoryError as error:
-            config = self._run.config
-            at_once = -(-len(batch.views) // config.accumulate)
-            raise ProteusCacheError(
-                f"the GPU has too little memory for {at_once:,} views at once (of a batch of "
-                f"{config.global_batch:,}); set accumulate: {2 * config.accumulate} in --config (same results), or use "
-                "more GPUs"
-            ) from error
+        run, n_views = self._run, len(batch.views)
+
+        def losses_of(part: DeviceBatch) -> Tensor:
+            with run.accelerator.autocast():
+                targets = run.decoder(part.codes)
+                losses: Tensor = run.state.bare(part.views, targets, part.masked_MK, part.first_odd, run.counts)
+                return losses
+
+        return or_explain(
+            lambda: take_step(run, batch, lambda part: run.decoder(part.codes)),
+            -(-n_views // run.config.accumulate),
+            lambda n: dry_step(run.state, batch, n, losses_of),
+            smaller_parts(run.config, n_views),
+        )
 
     def _stops_alone(self) -> bool:
         """Whether a single process was asked to stop; several agree only where they meet anyway."""

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import threading
+from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Self
+
+log = logging.getLogger(__name__)
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
@@ -40,4 +44,7 @@ class StopRequest:
     def _hear(self, number: int, frame: FrameType | None) -> None:
         if self._signal is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
+        if number == signal.SIGINT:
+            with suppress(RuntimeError):  # stderr may be in the middle of a line of ours
+                log.warning("stopping after this step, with a checkpoint; a second Ctrl-C leaves at once")
         self._signal = number

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from proteus_cache import storage
@@ -12,29 +13,43 @@ from proteus_cache.train.run_folder import CHECKPOINTS, EMA, HEADS, STUDENT
 from proteus_cache.train.tensors import read_tensors
 
 
-def verify_run(path: Path, read_data: bool) -> list[Finding]:
+def verify_run(path: Path, read_data: bool, progress: Callable[[int, int, int], None] | None = None) -> list[Finding]:
     """Check a run; an empty list means that nothing is wrong.
 
     Args:
         path: the RUN folder.
         read_data: check every checkpoint's digests and read the final weights; otherwise sizes.
+        progress: called with (checkpoints and weight files done, in all, bytes read of them).
     """
     findings = []
-    for step in checkpoint_steps(path / CHECKPOINTS):
-        folder = path / CHECKPOINTS / f"step-{step:08d}"
-        try:
-            verify_checkpoint(folder, digests=read_data)
-        except ProteusCacheError as error:
-            remedy = "remove that folder; --resume falls back to the checkpoint before it"
-            findings.append(Finding(f"{CHECKPOINTS}/{folder.name}", None, _without(error, path), remedy))
-    for name in (STUDENT, HEADS, EMA):
-        if storage.size_of(path / name) is not None and read_data:
-            try:
-                read_tensors(path / name)
-            except ProteusCacheError as error:
-                remedy = "run the same training with --resume: it writes the final weights anew"
-                findings.append(Finding(name, None, _without(error, path), remedy))
+    folders = [path / CHECKPOINTS / f"step-{step:08d}" for step in checkpoint_steps(path / CHECKPOINTS)]
+    weights = [path / name for name in (STUDENT, HEADS, EMA) if read_data and storage.size_of(path / name) is not None]
+    n_bytes = 0
+    for done, item in enumerate([*folders, *weights], start=1):
+        findings += _checkpoint(path, item, read_data) if item in folders else _weights(path, item)
+        if read_data:
+            n_bytes += sum(storage.size_of(file) or 0 for file in (item.iterdir() if item.is_dir() else [item]))
+        if progress is not None:
+            progress(done, len(folders) + len(weights), n_bytes)
     return findings
+
+
+def _checkpoint(run: Path, folder: Path, read_data: bool) -> list[Finding]:
+    try:
+        verify_checkpoint(folder, digests=read_data)
+    except ProteusCacheError as error:
+        remedy = "remove that folder; --resume falls back to the checkpoint before it"
+        return [Finding(f"{CHECKPOINTS}/{folder.name}", None, _without(error, run), remedy)]
+    return []
+
+
+def _weights(run: Path, file: Path) -> list[Finding]:
+    try:
+        read_tensors(file)
+    except ProteusCacheError as error:
+        remedy = "run the same training with --resume: it writes the final weights anew"
+        return [Finding(file.name, None, _without(error, run), remedy)]
+    return []
 
 
 def _without(error: ProteusCacheError, path: Path) -> str:

@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, get_args
 
+from proteus_cache.choices import unknown
 from proteus_cache.errors import ConfigError
 
 Augment: TypeAlias = Literal["deit", "none"]
@@ -35,10 +36,7 @@ class ViewSpec:
     """The teacher's pixel standard deviation in 0 to 1: of the erasing noise."""
 
     def __post_init__(self) -> None:
-        if self.augment not in get_args(Augment):
-            raise ConfigError(f"augment must be one of {', '.join(get_args(Augment))}, got {self.augment!r}")
-        if self.view_format not in get_args(ViewFormat):
-            raise ConfigError(f"view_format must be one of {', '.join(get_args(ViewFormat))}, got {self.view_format!r}")
+        check_names(self.augment, self.view_format)
         if not MIN_SIZE_PX <= self.size_px <= MAX_SIZE_PX:
             raise ConfigError(f"size_px must be from {MIN_SIZE_PX} to {MAX_SIZE_PX}, got {self.size_px}")
         if not 0 <= self.seed < 2**63:
@@ -47,6 +45,18 @@ class ViewSpec:
             raise ConfigError(f"mean must be three numbers from 0 to 1, got {self.mean}")
         if len(self.std) != 3 or not all(math.isfinite(value) and value > 0 for value in self.std):
             raise ConfigError(f"std must be three numbers above 0, got {self.std}")
+
+
+def check_names(augment: str | None, view_format: str | None) -> None:
+    """Refuse what is no augmentation or no format of views; None passes.
+
+    Raises:
+        ConfigError: names the nearest that there is.
+    """
+    if augment is not None and augment not in get_args(Augment):
+        raise ConfigError(unknown("augment", augment, get_args(Augment)))
+    if view_format is not None and view_format not in get_args(ViewFormat):
+        raise ConfigError(unknown("view format", view_format, get_args(ViewFormat)))
 
 
 def check_view(view: str) -> None:

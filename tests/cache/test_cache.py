@@ -198,8 +198,8 @@ def test_a_probe_alone_is_no_identity(cache: Cache) -> None:
 def test_what_is_not_a_cache_is_said(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no such folder"):
         open_cache(tmp_path / "missing")
-    with pytest.raises(UsageError, match="no cache"):
+    with pytest.raises(UsageError, match="is an empty folder; give a cache: the folder that `extract` wrote"):
         open_cache(tmp_path)
     (tmp_path / "pack.json").write_text("{}")
-    with pytest.raises(UsageError, match="this is a pack"):
+    with pytest.raises(UsageError, match="is a pack; give a cache"):
         open_cache(tmp_path)

@@ -31,7 +31,7 @@ def _document(data: bytes) -> Any:  # JSON
 
 
 def test_the_example_document_is_a_real_one() -> None:
-    (example,) = re.findall(r'^    (\{"a":1,.*\})\\n$', PAGE.read_text(), re.MULTILINE)
+    (example,) = re.findall(r'^(\{"a":1,.*\})\\n$', PAGE.read_text(), re.MULTILINE)
 
     assert seal({"a": 1, "b": "x"}) == example.encode() + b"\n"
 

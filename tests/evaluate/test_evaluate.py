@@ -268,10 +268,10 @@ def test_what_is_not_a_finished_run_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(UsageError, match="no such folder"):
         _evaluate(tmp_path / "nowhere", images, tmp_path)
-    with pytest.raises(UsageError, match="not a run"):
+    with pytest.raises(UsageError, match="is a folder of images; give a run"):
         _evaluate(images, images, tmp_path)
     (run / STUDENT).unlink()
-    with pytest.raises(UsageError, match="finish the run with train --resume"):
+    with pytest.raises(UsageError, match=r"finish the run first: proteus-cache train --config \S+config.yaml --resume"):
         _evaluate(run, images, tmp_path)
 
 

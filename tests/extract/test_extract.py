@@ -329,7 +329,7 @@ def test_a_folder_with_something_else_is_refused_untouched(tmp_path: Path) -> No
     config.out.mkdir()
     (config.out / "thesis.tex").write_text("years of work")
 
-    with pytest.raises(UsageError, match=r"holds something that is not a cache \('thesis.tex'\)"):
+    with pytest.raises(UsageError, match=r"is no cache, pack or run \(it holds thesis.tex\)"):
         run_extract(config)
 
     assert [path.name for path in config.out.iterdir()] == ["thesis.tex"]

@@ -60,8 +60,9 @@ def test_an_interrupted_extraction_ends_cleanly(
 
     said = [line for line in errors.decode().splitlines() if line.startswith("proteus-cache:")]
     assert (running.returncode, out, left) == (1, b"", [])
-    assert said
-    assert all("interrupted; finished units are kept" in line for line in said)
+    stopping = ["stopping 2 processes" in line for line in said]
+    assert stopping == ([True, False] if processes == 2 else [False]), said
+    assert "interrupted; finished units are kept; to go on: proteus-cache extract --teacher vit" in said[-1]
     assert b"Traceback" not in errors
     assert b"Error" not in errors
     done = sum(len(open_cache(config.out).units(view)) for view in ("v000", "v001"))

@@ -306,9 +306,9 @@ def test_a_folder_that_holds_something_else_is_refused(finished: Cache, packed: 
     (tmp_path / "tmp").mkdir()
     plan_pack(finished.path, tmp_path)
     (tmp_path / "tmp" / "precious").touch()
-    with pytest.raises(UsageError, match="holds something else \\(tmp/precious\\)"):
+    with pytest.raises(UsageError, match="is no cache, pack or run \\(it holds tmp/precious\\)"):
         plan_pack(finished.path, tmp_path)
-    with pytest.raises(UsageError, match="holds something else \\(cache"):
+    with pytest.raises(UsageError, match="it holds cache"):
         plan_pack(finished.path, finished.path.parent)
     with pytest.raises(UsageError, match=r"holds another pack \(its view indices are probe, v000, v001\)"):
         plan_pack(finished.path, packed, views=["v000"])
@@ -360,11 +360,12 @@ def test_the_plan_says_what_will_be_done(finished: Cache, packed: Path, tmp_path
 
 
 def test_progress_ends_with_all_units(finished: Cache, tmp_path: Path) -> None:
-    calls: list[tuple[int, int]] = []
+    calls: list[tuple[int, int, int]] = []
 
-    build_pack(finished.path, tmp_path / "pack", workers=2, progress=lambda done, total: calls.append((done, total)))
+    build_pack(finished.path, tmp_path / "pack", workers=2, progress=lambda *at: calls.append(at))
 
-    assert calls == [(done, 7) for done in range(1, 8)]
+    assert [call[:2] for call in calls] == [(done, 7) for done in range(1, 8)]
+    assert calls[-1][2] == sum(path.stat().st_size for path in (tmp_path / "pack").glob("*/*.tar"))
 
 
 def test_a_unit_without_any_view_is_an_empty_tar(tmp_path: Path) -> None:

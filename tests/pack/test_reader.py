@@ -82,7 +82,7 @@ def test_what_is_not_a_pack_is_said(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"no pack \(it has no pack\.json\)"):
         open_pack(tmp_path)
     (tmp_path / "manifest.json").touch()
-    with pytest.raises(UsageError, match="this is a cache; pack it first"):
+    with pytest.raises(UsageError, match="is a cache; give a pack"):
         open_pack(tmp_path)
 
 

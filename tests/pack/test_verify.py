@@ -21,7 +21,7 @@ def test_a_whole_pack_has_no_findings(whole_pack: Pack) -> None:
     calls: list[tuple[int, int]] = []
 
     assert verify_pack(whole_pack.path) == []
-    assert verify_pack(whole_pack.path, True, lambda done, total: calls.append((done, total))) == []
+    assert verify_pack(whole_pack.path, True, lambda done, total, _: calls.append((done, total))) == []
 
     assert calls == [(done, 10) for done in range(1, 11)]
 

@@ -103,7 +103,7 @@ def test_metadata_rebuild_the_model() -> None:
 
 
 def test_an_unknown_student_is_answered_with_the_nearest_name() -> None:
-    with pytest.raises(UsageError, match=r"unknown student 'vit_s16'; choose one of .*; did you mean vit_s14\?"):
+    with pytest.raises(UsageError, match=r"unknown student 'vit_s16'; did you mean vit_s14"):
         _build("vit_s16")
 
 

@@ -13,7 +13,7 @@ from proteus_cache.teachers.registry import TEACHERS, check_teacher_name, fetch_
 def test_names_of_all_teachers() -> None:
     plain: tuple[str, ...] = ("dinov2_vits14", "dinov2_vitb14", "dinov2_vitl14", "dinov2_vitg14")
 
-    assert (*plain, *(f"{name}_reg" for name in plain), "vit") == TEACHERS
+    assert (*plain, *(f"{name}_reg" for name in plain), "demo", "vit") == TEACHERS
 
 
 def test_unknown_name_names_the_nearest(tmp_path: Path) -> None:

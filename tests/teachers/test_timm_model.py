@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import timm
 import torch
@@ -102,11 +103,28 @@ def test_size_that_patches_do_not_tile_is_refused(tmp_path: Path) -> None:
         load_teacher("timm:vit_tiny_patch16_224", weights="random:0", home=tmp_path, size_px=100)
 
 
-def test_published_weights_out_of_reach_say_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def offline(*arguments: object, **keywords: object) -> None:
+def test_published_weights_out_of_reach_say_what_to_do_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def offline(url: str, **how: object) -> None:
+        asked.append(url)
         raise ConnectionError("no route to host")
 
-    monkeypatch.setattr(timm, "create_model", offline)
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_: None)
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", offline)
+    monkeypatch.setattr(timm, "create_model", lambda *_, **__: pytest.fail("the hub client would ask for a minute"))
 
-    with pytest.raises(WeightsError, match=r"timm:vit_tiny_patch16_224 \(no route to host\).*HF_HOME.*--weights FILE"):
+    with pytest.raises(WeightsError, match=r"from https://huggingface.co/timm/\S+ \(no route to host\).*HF_HOME"):
         load_teacher("timm:vit_tiny_patch16_224", weights=None, home=tmp_path, size_px=None)
+    assert len(asked) == 1
+
+
+def test_weights_that_the_hub_client_holds_need_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_: "/somewhere/model.safetensors")
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", lambda *_, **__: pytest.fail("nobody is to be asked"))
+    create = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda *names, pretrained, **how: create(*names, **how))
+
+    teacher = load_teacher("timm:vit_tiny_patch16_224", weights=None, home=tmp_path, size_px=None)
+
+    assert teacher.identity.weights_source.startswith("hf-hub:timm/vit_tiny_patch16_224")

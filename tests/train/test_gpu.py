@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -74,17 +74,19 @@ def test_loss_scaling_survives_a_resume(pack: Path, tmp_path: Path) -> None:
 
 def test_no_step_waits_for_the_gpu(pack: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """torch raises where the host would wait, in the step itself and in the copies before it."""
-    step, copy = steps.Steps._step, feed.DeviceFeed._next
+    step, copy = steps.take_step, feed.DeviceFeed._next
 
-    def strict_step(self: steps.Steps, batch: feed.DeviceBatch) -> Tensor:
+    def strict_step(
+        run: steps.Run, batch: feed.DeviceBatch, targets_of: Callable[[feed.DeviceBatch], dict[str, Tensor]]
+    ) -> Tensor:
         with _no_waiting():
-            return step(self, batch)
+            return step(run, batch, targets_of)
 
     def strict_copy(self: feed.DeviceFeed) -> tuple[feed.DeviceBatch, torch.cuda.Event | None] | None:
         with _no_waiting():
             return copy(self)
 
-    monkeypatch.setattr(steps.Steps, "_step", strict_step)
+    monkeypatch.setattr(steps, "take_step", strict_step)
     monkeypatch.setattr(feed.DeviceFeed, "_next", strict_copy)
 
     for precision in ("fp32", "fp16", "bf16"):

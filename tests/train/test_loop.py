@@ -26,11 +26,10 @@ from proteus_cache.processes import start_ranks
 from proteus_cache.students.heads import build_heads
 from proteus_cache.students.registry import STUDENTS, StudentSize, build_student
 from proteus_cache.teachers.registry import load_teacher
-from proteus_cache.train import steps
 from proteus_cache.train.config import TrainConfig, config_from_mapping
-from proteus_cache.train.feed import DeviceBatch
 from proteus_cache.train.loop import n_readers, train
 from proteus_cache.train.masking import draw_masks
+from proteus_cache.train.model import Distillation
 from proteus_cache.train.progress import Progress
 from proteus_cache.train.schedule import learning_rate
 from tests.pack.synthetic import write_pack
@@ -313,7 +312,7 @@ def test_a_signal_stops_at_a_step_border_with_a_checkpoint(
         if progress.step == 3:
             os.kill(os.getpid(), number)
 
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.INFO):
         stopped = train(config, progress=interrupt)
 
     assert stopped.stopped_by == number.name
@@ -558,12 +557,27 @@ def test_a_loss_that_is_not_finite_ends_the_run(pack: Path, tmp_path: Path) -> N
 def test_too_little_gpu_memory_is_answered_with_a_remedy(
     pack: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def exhaust(self: steps.Steps, batch: DeviceBatch) -> Tensor:
+    forward = Distillation.forward
+
+    def has_memory_for_2(self: Distillation, views: Tensor, *others: Any) -> Tensor:
+        if len(views) > 2:
+            raise torch.cuda.OutOfMemoryError
+        return forward(self, views, *others)
+
+    monkeypatch.setattr(Distillation, "forward", has_memory_for_2)
+
+    with pytest.raises(ProteusCacheError, match=r"for 4 views at once, of a batch of 4 .* 2 fit: set `accumulate: 2`"):
+        train(_config(pack, tmp_path))
+    assert train(_config(pack, tmp_path, accumulate=2), resume=True).is_finished
+
+
+def test_a_step_that_never_fits_says_so(pack: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def exhaust(self: Distillation, *others: Any) -> Tensor:
         raise torch.cuda.OutOfMemoryError
 
-    monkeypatch.setattr(steps.Steps, "_step", exhaust)
+    monkeypatch.setattr(Distillation, "forward", exhaust)
 
-    with pytest.raises(ProteusCacheError, match=r"too little memory for 4 views .* set accumulate: 2"):
+    with pytest.raises(ProteusCacheError, match=r"and for a single one; end what else uses it .* smaller --student"):
         train(_config(pack, tmp_path))
 
 

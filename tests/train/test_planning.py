@@ -7,6 +7,7 @@ import pytest
 
 from proteus_cache.errors import SpaceError, UsageError
 from proteus_cache.pack.reader import open_pack
+from proteus_cache.storage import Free
 from proteus_cache.students.registry import build_student
 from proteus_cache.train.config import TrainConfig, config_from_mapping
 from proteus_cache.train.loop import train
@@ -30,13 +31,14 @@ def test_a_plan_counts_what_a_run_does(pack: Path, tmp_path: Path) -> None:
 
     result = train(config)
 
-    assert (plan.n_steps, plan.steps_per_epoch, plan.views_per_epoch, plan.views) == (result.steps, 1, 6, 20)
+    size = plan.size
+    assert (size.n_steps, size.steps_per_epoch, size.views_per_epoch, plan.views) == (result.steps, 1, 6, 20)
     checkpoint = result.out / "checkpoints" / "step-00000002"
     assert sum(file.stat().st_size for file in checkpoint.iterdir()) == pytest.approx(plan.checkpoint_bytes, rel=0.01)
     written = sum(file.stat().st_size for file in result.out.rglob("*") if file.is_file())
     assert written == pytest.approx(plan.bytes_to_write - plan.checkpoint_bytes, rel=0.01)
     tars = [tar for view in ("v000", "v001") for tar in (pack / view).iterdir()]
-    assert plan.bytes_per_step == pytest.approx(4 * sum(tar.stat().st_size for tar in tars) / 20, rel=0.01)
+    assert size.bytes_per_step == pytest.approx(4 * sum(tar.stat().st_size for tar in tars) / 20, rel=0.01)
 
 
 def test_a_plan_can_be_read(pack: Path, tmp_path: Path) -> None:
@@ -48,10 +50,10 @@ def test_a_plan_can_be_read(pack: Path, tmp_path: Path) -> None:
 
 
 def test_a_plan_of_the_whole_schedule(pack: Path, tmp_path: Path) -> None:
-    plan = plan_training(_config(pack, tmp_path), 1)
+    size = plan_training(_config(pack, tmp_path), 1).size
 
-    assert plan.n_steps == 300
-    assert plan.bytes_to_read == 300 * plan.bytes_per_step
+    assert size.n_steps == 300
+    assert size.bytes_to_read == 300 * size.bytes_per_step
 
 
 @pytest.mark.parametrize("name", ["vit_ti14", "vit_s14"])
@@ -68,10 +70,10 @@ def test_a_run_that_cannot_fit_is_refused_naming_what_can(pack: Path, tmp_path: 
 
     def refusal(free_bytes: int) -> str:
         with pytest.raises(SpaceError) as caught:
-            check_space(config, dataclasses.replace(plan, free_bytes=free_bytes))
+            check_space(config, dataclasses.replace(plan, free=Free(free_bytes, None)))
         return str(caught.value)
 
-    check_space(config, dataclasses.replace(plan, free_bytes=plan.bytes_to_write))
+    check_space(config, dataclasses.replace(plan, free=Free(plan.bytes_to_write, None)))
     assert "keep_checkpoints: 4 in --config would fit" in refusal(plan.bytes_to_write - 1)
     assert "keep_checkpoints: 3 in --config would fit" in refusal(plan.bytes_to_write - 2 * plan.checkpoint_bytes)
     assert "choose an --out on another disk" in refusal(0)

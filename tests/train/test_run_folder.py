@@ -76,7 +76,7 @@ def test_a_run_with_checkpoints_is_only_resumed(tmp_path: Path) -> None:
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").touch()
 
-    with pytest.raises(UsageError, match=r"holds 'manifest.json', which is not part of a run; choose another --out"):
+    with pytest.raises(UsageError, match=r"is a cache \(it holds manifest.json\); give --out a new or empty folder"):
         check_run_folder(tmp_path, resume=True)
     with pytest.raises(UsageError, match="is a file"):
         check_run_folder(tmp_path / "manifest.json", resume=False)

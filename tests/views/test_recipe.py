@@ -398,8 +398,8 @@ def test_view_with_another_name_is_refused(view: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"augment": "strong"}, "augment must be one of deit, none"),
-        ({"view_format": "webp"}, "view_format must be one of jpeg, png"),
+        ({"augment": "strong"}, "unknown augment 'strong'; choose deit or none"),
+        ({"view_format": "webp"}, "unknown view format 'webp'; choose jpeg or png"),
         ({"size_px": 7}, "size_px must be from 8 to 4096, got 7"),
         ({"size_px": 4097}, "size_px"),
         ({"seed": -1}, "seed must be from 0"),

@@ -1,0 +1,1 @@
+"""A convincing first run: images drawn here, a small trained teacher, a student that catches up with it."""

@@ -1,0 +1,93 @@
+"""What a folder is by the files in it, so that a message about a wrong one can say what was given instead.
+
+Nothing is opened; the stores' own readers say whether what is there is whole.
+"""
+
+from __future__ import annotations
+
+import os
+from itertools import islice
+from pathlib import Path
+from typing import Final, Literal, TypeAlias
+
+from proteus_cache.choices import either
+
+Kind: TypeAlias = Literal["cache", "pack", "run"]
+
+MARKERS: Final[dict[Kind, str]] = {"cache": "manifest.json", "pack": "pack.json", "run": "config.yaml"}
+"""The file that makes a folder one of the three."""
+WRITTEN_BY: Final[dict[Kind, str]] = {"cache": "extract", "pack": "pack", "run": "train"}
+_HOME_FOLDERS: Final = ("caches", "packs", "runs")
+_IMAGE_SUFFIXES = (".jpeg", ".jpg", ".png")
+_LOOKED_AT = 64
+_MOST_NAMED = 3
+
+
+def kind_of(path: Path) -> Kind | None:
+    """Which of the three a folder is, or None."""
+    return next((kind for kind, marker in MARKERS.items() if (path / marker).is_file()), None)
+
+
+def wrong_folder(path: Path, wanted: Kind, *more: Kind) -> str:
+    """Why `path` is not what was asked for, and what to give: the text of a `UsageError`."""
+    return f"{path}: {described(path)}; give {_wanted((wanted, *more))}{_instead(path, (wanted, *more))}"
+
+
+def occupied(path: Path, names: list[str]) -> str:
+    """Why nothing new can be made at `path`, which holds `names`: the text of a `UsageError`."""
+    more = ", ..." if len(names) > _MOST_NAMED else ""
+    held = ", ".join(names[:_MOST_NAMED]) + more
+    return f"{path}: {described(path)} (it holds {held}); give --out a new or empty folder, nothing was written"
+
+
+def described(path: Path) -> str:
+    """What is at `path`, in a few words: "is a pack", "no such folder", "is a folder of images"."""
+    if not path.is_dir():
+        return "is a file" if os.path.lexists(path) else "no such folder"
+    kind = kind_of(path)
+    if kind is not None:
+        return f"is a {kind}"
+    if holds_images(path):
+        return "is a folder of images"
+    if _stores_below(path):
+        return "is a folder of several caches, packs or runs"
+    return "is an empty folder" if not any(os.scandir(path)) else "is no cache, pack or run"
+
+
+def _wanted(kinds: tuple[Kind, ...]) -> str:
+    return f"a {either(list(kinds))}: the folder that {either([f'`{WRITTEN_BY[kind]}`' for kind in kinds])} wrote"
+
+
+def _instead(path: Path, kinds: tuple[Kind, ...]) -> str:
+    """Stores below `path` that would do, for example where PROTEUS_HOME itself was given."""
+    found = [str(store) for store in _stores_below(path) if kind_of(store) in kinds]
+    return f", for example {found[0]}" if found else ""
+
+
+def _stores_below(path: Path) -> list[Path]:
+    """Caches, packs and runs of a PROTEUS_HOME."""
+    return [
+        store
+        for name in _HOME_FOLDERS
+        if (path / name).is_dir()
+        for store in sorted((path / name).iterdir())
+        if kind_of(store) is not None
+    ]
+
+
+def holds_images(path: Path) -> bool:
+    """Whether an image is among the first files of a folder or of its first folders."""
+    with os.scandir(path) as found:
+        entries = list(islice(found, _LOOKED_AT))
+    if any(_is_image(entry) for entry in entries):
+        return True
+    for entry in entries[:8]:
+        if entry.is_dir() and not entry.name.startswith("."):
+            with os.scandir(entry.path) as below:
+                if any(_is_image(inner) for inner in islice(below, _LOOKED_AT)):
+                    return True
+    return False
+
+
+def _is_image(entry: os.DirEntry[str]) -> bool:
+    return entry.name.lower().endswith(_IMAGE_SUFFIXES)

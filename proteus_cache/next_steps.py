@@ -70,7 +70,8 @@ def _trained_images(summary: Mapping[str, Any]) -> int:
     """Images that an epoch draws from, about."""
     images = summary.get("images") or summary
     held_out = images["held_out"]
-    return int(images["n_images"]) - len(held_out) * int(summary["shard_size"])
+    n_bad = int(summary.get("n_quarantined", 0))
+    return int(images["n_images"]) - n_bad - len(held_out) * int(summary["shard_size"])
 
 
 def _batch_that_fits(student: str, n_images: int) -> int | None:

@@ -251,9 +251,10 @@ def _lines(outcome: dict[str, Any]) -> list[str]:
     if "plan" in outcome:
         return [f"planned {outcome['cache']}"]
     n_indices = len(outcome["views"])
-    views = f"{outcome['n_stored_views']:,} views in {n_indices} view {'index' if n_indices == 1 else 'indices'}"
+    n_views, n_bad = outcome["n_stored_views"], outcome["n_quarantined"]
+    views = f"{n_views:,} view{'s' * (n_views != 1)} in {n_indices} view {'index' if n_indices == 1 else 'indices'}"
     state = "" if outcome["is_complete"] else f", {outcome['units_left']} units left to other processes"
-    quarantined = f", {outcome['n_quarantined']} images quarantined" if outcome["n_quarantined"] else ""
+    quarantined = f", {n_bad} image{'s' * (n_bad != 1)} quarantined" if n_bad else ""
     return [f"cache {outcome['path']}: {views}{quarantined}{state}"]
 
 

@@ -47,6 +47,9 @@ _JUST_NOW_S = 10.0
 INTERRUPTED = 130
 """Exit code of a rank that was interrupted."""
 
+_LOST_OTHERS = ("DistBackendError", "DistNetworkError")
+"""What torch.distributed raises; its other back end, gloo, raises a bare RuntimeError."""
+
 _arguments: ContextVar[tuple[str, ...] | None] = ContextVar("arguments", default=None)
 
 
@@ -155,6 +158,8 @@ def _explain(error: Exception) -> None:
         fail(_where_and_why(error), 1)
     if (remedy := _memory_remedy(error)) is not None:
         fail(remedy, 1)
+    if _has_lost_others(error):
+        fail("another process of this run ended, so this one stops too; that one has said why, here or in its log", 1)
 
 
 def _end_children() -> None:
@@ -171,6 +176,11 @@ def _with_notes(error: Exception) -> str:
     """The message and where it happened, in one line."""
     notes = [note for note in getattr(error, "__notes__", []) if "\n" not in note]
     return " ".join([str(error), *(f"({note})" for note in notes)])
+
+
+def _has_lost_others(error: Exception) -> bool:
+    """Whether a sum over all processes failed, as it does when one of them is gone."""
+    return type(error).__name__ in _LOST_OTHERS or (isinstance(error, RuntimeError) and "/gloo/transport/" in str(error))
 
 
 def _where_and_why(error: OSError) -> str:

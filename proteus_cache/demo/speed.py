@@ -24,9 +24,9 @@ from proteus_cache.train.loop import n_readers, prepare_run
 from proteus_cache.train.source import n_patches
 from proteus_cache.train.steps import take_step
 
-ROUNDS: Final = 5
+ROUNDS: Final = 9
 """Turns of each arm that count; one more of each warms up."""
-STEPS_A_TURN: Final = 8
+STEPS_A_TURN: Final = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -104,6 +104,7 @@ app = typer.Typer(
     "students from that.",
 )
 app.command("demo")(demo_command)
+app.command("plan")(plan_command)
 app.command("extract")(extract_command)
 app.command("pack")(pack_command)
 app.command("train")(train_command)
@@ -111,7 +112,6 @@ app.command("eval")(evaluate_command)
 app.command("info")(info_command)
 app.command("verify")(verify_command)
 app.command("fetch")(fetch_command)
-app.command("plan")(plan_command)
 
 
 def _print_version(asked: bool) -> None:

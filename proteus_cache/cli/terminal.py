@@ -180,7 +180,9 @@ def _with_notes(error: Exception) -> str:
 
 def _has_lost_others(error: Exception) -> bool:
     """Whether a sum over all processes failed, as it does when one of them is gone."""
-    return type(error).__name__ in _LOST_OTHERS or (isinstance(error, RuntimeError) and "/gloo/transport/" in str(error))
+    return type(error).__name__ in _LOST_OTHERS or (
+        isinstance(error, RuntimeError) and "/gloo/transport/" in str(error)
+    )
 
 
 def _where_and_why(error: OSError) -> str:

@@ -1,13 +1,16 @@
 """The command line as a user meets it: results, exit codes, one line for every mistake."""
 
 import json
+import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from proteus_cache.cli.app import app
 from tests.cli.running import extract_arguments, run, train_arguments
 
 
@@ -22,10 +25,76 @@ def test_help_imports_neither_torch_nor_zarr() -> None:
     assert found.stdout.strip() == "[]"
 
 
-def test_every_command_has_help_with_an_example() -> None:
-    for name in ("extract", "pack", "train", "eval", "info", "verify", "fetch"):
-        text = " ".join(run(name, "--help").stdout.split())
-        assert f"Example: proteus-cache {name}" in text
+COMMANDS = ("demo", "plan", "extract", "pack", "train", "eval", "info", "verify", "fetch")
+
+
+def test_the_commands_are_these_in_the_order_of_the_work() -> None:
+    assert tuple(command.name for command in app.registered_commands) == COMMANDS
+
+
+@pytest.mark.parametrize("columns", [80, 40])
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help_with_an_example(monkeypatch: pytest.MonkeyPatch, name: str, columns: int) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+
+    lines = run(name, "--help").stdout.splitlines()
+
+    text = " ".join(" ".join(lines).split())
+    assert max(map(len, lines)) <= columns
+    assert f"Example: proteus-cache {name}" in text
+    if columns == 80:
+        example = text.partition("Example: ")[2].partition("╭")[0]
+        assert all(f" {word} " in text.partition("╭")[2] for word in example.split() if word.startswith("--"))
+        assert all(flag in text for flag in ("--json", "--quiet", "-q"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("extract --out {tmp}/cache --views 1", "1 view index"),
+        ("pack {cache} --out {tmp}/pack", "48 views"),
+        ("train --data {pack} --out {tmp}/run", "step 2"),
+        ("eval {run} --images {images} --device cpu", "k-NN"),
+        ("info {pack}", "pack"),
+        ("verify {cache}", "whole"),
+    ],
+)
+def test_quiet_leaves_the_result_and_nothing_else(folder: Path, tmp_path: Path, arguments: str, words: str) -> None:
+    places = {name: folder / name for name in ("images", "cache", "pack", "run")}
+    name, *others = [word.format(**places, tmp=tmp_path) for word in arguments.split()]
+    given = {"extract": extract_arguments(folder), "train": train_arguments(folder)}.get(name, [name])
+
+    outcome = run(*given, *others, "--quiet")
+
+    assert words in outcome.stdout
+    assert "next:" not in outcome.stdout
+    assert outcome.stderr == ""
+
+
+def test_every_suggested_step_works_as_it_is_printed(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PROTEUS_HOME", str(tmp_path / "my home"))
+    monkeypatch.setenv("PROTEUS_IMAGES", str(folder / "images"))
+
+    planned = run(*extract_arguments(folder), "--out", tmp_path / "my cache", "--plan-only")
+    extracted = run(*next_step(planned))
+    trained = run(*next_step(extracted), "--max-steps", 1, "--workers", 0, "--device", "cpu")
+    scored = run(*[word for word in next_step(trained) if word not in ("--images", "DIR")], "--device", "cpu")
+    looked = run("info", tmp_path / "my cache")
+    checked = run(*next_step(run("verify", tmp_path / "my cache")))
+
+    assert "--plan-only" not in next_step(planned)
+    assert "vit_demo after 1 steps" in scored.stdout
+    assert next_step(looked) == next_step(extracted)
+    assert "whole; checked every digest" in checked.stdout
+
+
+def next_step(outcome: Any) -> list[str]:
+    """The arguments of the command that an outcome suggests."""
+    *_, last = outcome.stdout.splitlines()
+    assert last.startswith("next: proteus-cache ")
+    return shlex.split(last)[2:]
 
 
 def test_extract_says_what_it_made_and_resumes(folder: Path) -> None:

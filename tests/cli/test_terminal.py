@@ -339,3 +339,15 @@ except typer.Exit as leaving:
     )
 
     assert (outcome.returncode, outcome.stderr) == (1, "proteus-cache: interrupted; go on\n")
+
+
+def test_the_end_of_another_process_is_no_stack_trace_of_this_one(capsys: pytest.CaptureFixture[str]) -> None:
+    @terminal.command(None)
+    def reduce() -> None:
+        raise RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [::1]")
+
+    with pytest.raises(typer.Exit) as leaving:
+        reduce()
+
+    assert leaving.value.exit_code == 1
+    assert "another process of this run ended, so this one stops too" in capsys.readouterr().err

@@ -362,7 +362,7 @@ def test_impossible_settings_are_refused(tmp_path: Path) -> None:
         ({"views": True}, "--views"),
         ({"seed": 1 << 64}, "--seed"),
         ({"shard_size": 1 << 30}, "--shard-size must be at most 1,048,576"),
-        ({"precision": "int8"}, "--precision"),
+        ({"precision": "int8"}, "unknown precision .int8.; choose fp32, fp16 or bf16"),
         ({"targets": ("cls", "cls")}, "--targets"),
     ):
         with pytest.raises(ConfigError, match=reason):

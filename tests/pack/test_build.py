@@ -151,7 +151,7 @@ def test_a_killed_pack_goes_on_where_it_was(
     monkeypatch.setattr(build, "pack_unit", die_at_the_fourth)
     with pytest.raises(KeyboardInterrupt):
         build_pack(finished.path, out, workers=1)
-    with pytest.raises(UsageError, match="no pack"):
+    with pytest.raises(UsageError, match="give a pack"):
         open_pack(out)
     report = build_pack(finished.path, out, workers=1)
 
@@ -292,7 +292,7 @@ def test_a_move_that_would_lose_something_is_refused(finished: Cache, tmp_path: 
         ({"views": []}, UsageError, "is needed"),
         ({"targets": ["block.3"]}, UsageError, "holds no target block.3, only cls, patch"),
         ({"targets": []}, UsageError, "at least one target"),
-        ({"codec": "int3"}, ConfigError, "codec 'int3' does not exist"),
+        ({"codec": "int3"}, ConfigError, "unknown codec 'int3'; did you mean int8?"),
     ],
 )
 def test_what_the_cache_lacks_is_said(

@@ -335,7 +335,7 @@ def test_json_brings_a_recipe_back() -> None:
 
 def test_documented_recipe_and_ops_are_the_real_ones() -> None:
     page = (Path(__file__).parents[2] / "docs" / "views.md").read_text(encoding="utf-8")
-    block = re.search(r"^    \{\"crop\".*?\}\}$", page, re.DOTALL | re.MULTILINE)
+    block = re.search(r"^\{\"crop\".*?\}\}$", page, re.DOTALL | re.MULTILINE)
     assert block is not None
 
     recipe = Recipe.from_json(json.loads(block.group()))

@@ -64,6 +64,12 @@ def worker_from_environment() -> Worker | None:
     return None
 
 
+def speaks(worker: Worker | None) -> bool:
+    """Whether a worker shows plan and progress: the first of those that share a log, and each task of a SLURM array."""
+    in_array = rank_from_environment() is None and "SLURM_ARRAY_TASK_ID" in os.environ
+    return worker is None or worker.index == 0 or in_array
+
+
 def _worker(index: str | int, count: str | int) -> Worker:
     from proteus_cache.errors import UsageError
 

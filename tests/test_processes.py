@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 
 from proteus_cache import processes
 from proteus_cache.errors import UsageError
-from proteus_cache.processes import Worker, start_ranks, usable_cores, worker_from_environment
+from proteus_cache.processes import Worker, speaks, start_ranks, usable_cores, worker_from_environment
 
 _LAUNCHERS = ("RANK", "WORLD_SIZE", "SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT", "SLURM_STEP_ID", "SLURM_NTASKS")
 
@@ -140,3 +141,48 @@ def _is_gone(pid: int) -> bool:
         if state == "Z":
             return True
     return False
+
+
+@pytest.mark.parametrize(
+    ("environment", "is_heard"),
+    [
+        ({}, True),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, True),
+        ({"RANK": "1", "WORLD_SIZE": "2"}, False),
+        ({"SLURM_STEP_ID": "0", "SLURM_PROCID": "1", "SLURM_NTASKS": "2"}, False),  # srun makes one log
+        ({"SLURM_ARRAY_TASK_ID": "1", "SLURM_ARRAY_TASK_COUNT": "2"}, True),  # a task of an array has its own
+    ],
+)
+def test_one_process_of_each_log_speaks(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], is_heard: bool
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+
+    assert speaks(worker_from_environment()) is is_heard
+
+
+def _ignore_the_first_request(folder: str) -> None:
+    asked: list[int] = []
+    signal.signal(signal.SIGTERM, lambda *_: asked.append(1))
+    (Path(folder) / os.environ["RANK"]).touch()
+    while len(asked) < 2:
+        time.sleep(0.02)
+    sys.exit(3)
+
+
+def _interrupt_when_ready(folder: Path, parent: int) -> None:
+    while len(list(folder.iterdir())) < 2:
+        time.sleep(0.02)
+    os.kill(parent, signal.SIGINT)
+
+
+def test_a_rank_that_lost_the_first_request_is_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "_ASK_AGAIN_S", 0.2)
+    threading.Thread(target=_interrupt_when_ready, args=(tmp_path, os.getpid()), daemon=True).start()
+    began = time.monotonic()
+
+    with pytest.raises(KeyboardInterrupt, match="SIGINT"):
+        start_ranks(2, _ignore_the_first_request, str(tmp_path))
+
+    assert time.monotonic() - began < 20

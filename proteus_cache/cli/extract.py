@@ -181,11 +181,11 @@ def _config(chosen: dict[str, Any]) -> ExtractConfig:
 
 def _run(config: ExtractConfig, n_processes: int | None, plan_only: bool) -> dict[str, Any]:
     from proteus_cache.extract.run import describe_plan
-    from proteus_cache.processes import Worker, worker_from_environment
+    from proteus_cache.processes import Worker, speaks, worker_from_environment
 
     launched = worker_from_environment()
     count = 1 if launched else ranks.count_of(config.device, n_processes)
-    shown, processes = launched is None or launched.index == 0, launched.count if launched else count
+    shown, processes = speaks(launched), launched.count if launched else count
     planned = _plan(config, shown, processes)
     plan = describe_plan(config, planned, processes)
     if shown and not planned.is_new:
@@ -233,9 +233,10 @@ def _extract_rank_command(config: ExtractConfig) -> None:
 
 def _extract(config: ExtractConfig, planned: Any, worker: Any) -> dict[str, Any]:
     from proteus_cache.extract.run import extract
+    from proteus_cache.processes import speaks
 
-    label = "extract" if worker.count == 1 else f"extract, process 1 of {worker.count}"
-    with terminal.progress(label, "views", shown=worker.index == 0) as update:
+    label = "extract" if worker.count == 1 else f"extract, process {worker.index + 1} of {worker.count}"
+    with terminal.progress(label, "views", shown=speaks(worker)) as update:
         done = extract(config, planned, worker, lambda at: update(at.views_done, at.views_all, at.bytes_written))
     return {"units_committed": done.units_committed, "seconds": round(done.seconds, 3)}
 

@@ -26,6 +26,8 @@ _SILENCE_S = 600.0
 """... or where so much time has passed, so that a night's log shows life."""
 _REPAINTS_PER_S = 8
 _BAR_COLUMNS = (8, 40)
+_FREE_COLUMNS = 3
+"""Right of the line, for the ^C that a terminal prints: it must not wrap."""
 _ERASE_LINE = "\r\x1b[2K"
 
 
@@ -166,7 +168,7 @@ def _painted(label: str, meter: _Meter) -> Iterator[None]:
 
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     with Live(
-        get_renderable=lambda: _line(label, meter, console.width - 1),
+        get_renderable=lambda: _line(label, meter, console.width - _FREE_COLUMNS),
         console=console,
         refresh_per_second=_REPAINTS_PER_S,
         transient=True,

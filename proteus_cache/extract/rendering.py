@@ -6,6 +6,7 @@ entry; an I/O error is never one: it ends the run, naming the file.
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import shutil
@@ -58,11 +59,6 @@ class Rendered:
     pixels: torch.Tensor | NDArray[np.uint8]
     """(n, H, W, 3) uint8, decoded from the stored bytes; an array only between processes that share no memory."""
     quarantined: list[Quarantined]
-
-    def pin_memory(self) -> Rendered:
-        """Page-lock the pixels; the loader's pinning thread calls this."""
-        self.pixels = torch.as_tensor(self.pixels).pin_memory()
-        return self
 
 
 class RenderDataset(Dataset[Rendered | ProteusCacheError]):
@@ -128,7 +124,7 @@ def render_jobs(
     needed_bytes = workers * _PREFETCH * batch_size * spec.size_px**2 * 3
     share_memory = workers > 0 and _shared_memory_suffices(needed_bytes)
     dataset = RenderDataset(root, spec, share_memory)
-    rendered = map(dataset.__getitem__, jobs) if workers == 0 else _in_workers(dataset, jobs, workers, pin)
+    rendered = map(dataset.__getitem__, jobs) if workers == 0 else _in_workers(dataset, jobs, workers)
     is_piped = False
     for batch in rendered:
         if isinstance(batch, ProteusCacheError):
@@ -141,12 +137,12 @@ def render_jobs(
                 _SHARED_FOLDER,
                 human_bytes(needed_bytes),
             )
+        if pin:
+            batch.pixels = torch.as_tensor(batch.pixels).pin_memory()
         yield batch
 
 
-def _in_workers(
-    dataset: RenderDataset, jobs: Iterable[Job], workers: int, pin: bool
-) -> Iterator[Rendered | ProteusCacheError]:
+def _in_workers(dataset: RenderDataset, jobs: Iterable[Job], workers: int) -> Iterator[Rendered | ProteusCacheError]:
     start_fork_server([__name__, "proteus_cache.extract.fork_server"])
     context = _WorkerContext()
     _check_semaphores(context, 4 * workers + 12)
@@ -159,8 +155,7 @@ def _in_workers(
         multiprocessing_context=context,
         worker_init_fn=_start_worker,
         collate_fn=_keep,  # type: ignore[arg-type]  # without batching it gets one item, not a list
-        pin_memory=pin,
-    )
+    )  # it does not pin: its pinning thread would wait for ever for the rest of what a killed worker was sending
     batches: Iterator[Rendered | ProteusCacheError] | None = None
     try:
         batches = iter(loader)
@@ -191,6 +186,23 @@ class _WorkerContext(ForkServerContext):
         worker = ForkServerProcess(*args, **kwargs)
         self.workers.append(worker)
         return worker
+
+    def Event(self) -> _Flag:  # type: ignore[override]  # as much of one as the loader uses
+        return _Flag(self)
+
+
+class _Flag:
+    """An event without a lock: a worker that is killed while it looks at an ordinary one keeps that one's lock, and
+    the loader, which sets it at its end, would wait for it for ever."""
+
+    def __init__(self, context: ForkServerContext) -> None:
+        self._is_set = context.RawValue(ctypes.c_bool, False)
+
+    def set(self) -> None:
+        self._is_set.value = True
+
+    def is_set(self) -> bool:
+        return bool(self._is_set.value)
 
 
 def default_workers(cores: int, processes: int) -> int:

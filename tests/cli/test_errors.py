@@ -448,11 +448,13 @@ def test_a_gpu_without_memory_elsewhere_says_what_is_free(folder: Path, monkeypa
 
 
 @pytest.fixture
-def small_disk() -> list[str]:
+def small_disk(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Starts a command with a file system of 1 MB at its first argument; skips where that is not allowed."""
     script = 'mkdir -p "$1" && mount -t tmpfs -o size=1m$2 tmpfs "$1" && shift 2 && exec "$@"'
     inside = ["unshare", "--map-root-user", "--mount", "sh", "-c", script, "sh"]
-    if subprocess.run([*inside, "/tmp/proteus-small-disk", "", "true"], capture_output=True, check=False).returncode:
+    if subprocess.run(
+        [*inside, str(tmp_path_factory.mktemp("disk")), "", "true"], capture_output=True, check=False
+    ).returncode:
         pytest.skip("needs a kernel that lets this user mount a tmpfs of its own")
     return inside
 

@@ -1,18 +1,24 @@
 """SIGKILL at random moments: what was committed stays, one more start finishes the same cache."""
 
 import multiprocessing
+import os
 import random
 import signal
 import time
+from contextlib import closing, nullcontext
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from proteus_cache import open_cache
 from proteus_cache.cache.verify import verify_cache
+from proteus_cache.extract import rendering
 from proteus_cache.extract.config import ExtractConfig
-from tests.makers import identity, make_config, run_extract
+from proteus_cache.extract.rendering import Job, render_jobs
+from proteus_cache.views.spec import ViewSpec
+from tests.makers import identity, make_config, make_images, run_extract
 
 
 def _extract_in_child(config: ExtractConfig) -> None:
@@ -59,3 +65,36 @@ def _run_for(context: multiprocessing.context.ForkServerContext, config: Extract
     process.join()
     assert process.exitcode in (0, -signal.SIGKILL)
     return time.monotonic() - started
+
+
+def _die_while_looking(event: Any) -> None:  # Any: an event of ours or of the library
+    """What a worker does that is killed while it asks whether the loader has ended."""
+    getattr(event, "_cond", nullcontext()).__enter__()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.timeout(60)
+def test_a_worker_killed_while_it_looks_at_the_end_does_not_hold_it_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[Any] = []
+    make_event = rendering._WorkerContext.Event
+    monkeypatch.setattr(
+        rendering._WorkerContext, "Event", lambda context: events.append(make_event(context)) or events[-1]
+    )
+    folder = make_images(tmp_path / "images", 2)
+    files = sorted(folder.rglob("*.JPEG"))
+    spec = ViewSpec(augment="deit", size_px=16)
+    jobs = [
+        Job("v000", 0, [row], [f"image_{row}"], [str(file.resolve())], [None], is_last=False)
+        for row, file in enumerate(files)
+    ]
+
+    with closing(render_jobs(jobs, Path("/"), spec, workers=1, batch_size=1, pin=False)) as batches:
+        next(batches)
+        worker = multiprocessing.get_context("forkserver").Process(target=_die_while_looking, args=(events[0],))
+        worker.start()
+        worker.join()
+
+    assert worker.exitcode == -signal.SIGKILL
+    assert events[0].is_set()

@@ -68,7 +68,17 @@ def devices(incomplete: str) -> list[str]:
 
 def protocols(incomplete: str) -> list[str]:
     """Names for `--protocol`."""
-    return _starting(("knn",), incomplete)
+    return _starting(("knn", "linear"), incomplete)
+
+
+def pipelines(incomplete: str) -> list[str]:
+    """The YAML files of the folder `pipelines`, where there is one; any other file is left to the shell."""
+    folder = Path("pipelines")
+    try:
+        words = sorted(str(path) for path in folder.glob("*.yaml"))
+    except OSError:
+        return []
+    return _starting(words, incomplete)
 
 
 def stores(*kinds: Kind) -> Callable[[str], list[str]]:

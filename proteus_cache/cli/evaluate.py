@@ -9,6 +9,7 @@ import typer
 
 from proteus_cache.cli import complete, settings, terminal
 
+_PROBE = "Linear probe"
 _MACHINE = "Machine"
 
 
@@ -24,14 +25,31 @@ def evaluate_command(
     ] = None,
     protocol: Annotated[
         str,
-        typer.Option(help="knn: k nearest neighbours on CLS, as DINOv2 does it.", autocompletion=complete.protocols),
+        typer.Option(
+            help="As DINOv2 does it. knn: k nearest neighbours on CLS. linear: the best of 52 linear heads on frozen "
+            "features, trained on random crops.",
+            autocompletion=complete.protocols,
+        ),
     ] = "knn",
     teacher: Annotated[
         str | None,
         typer.Option(help="A teacher to compare with. Default: none.", autocompletion=complete.teachers),
     ] = None,
     weights: Annotated[str | None, typer.Option(help="Its weights, as for extract.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the split of images that come without parts.")] = 0,
+    seed: Annotated[
+        int, typer.Option(help="Of the split of images that come without parts, and of a linear probe.")
+    ] = 0,
+    probe_steps: Annotated[
+        int | None,
+        typer.Option(
+            help="Steps. Default: 5 passes over the training images, 10 from 100,000 on; at least 200 steps.",
+            rich_help_panel=_PROBE,
+        ),
+    ] = None,
+    probe_batch: Annotated[
+        int | None,
+        typer.Option(help="Images in a step. Default: up to 512, by the number of images.", rich_help_panel=_PROBE),
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Images in a forward.", rich_help_panel=_MACHINE)] = 256,
     workers: Annotated[
         int | None,
@@ -62,6 +80,8 @@ def evaluate_command(
             weights=weights,
             home=settings.home(),
             seed=seed,
+            probe_steps=probe_steps,
+            probe_batch=probe_batch,
             batch_size=batch_size,
             workers=workers,
             device=device,

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from proteus_cache.evaluate.features import centre_view
 from proteus_cache.evaluate.models import STUDENT_MODEL, TEACHER_MODEL, UNTRAINED_MODEL, RunModels
+from proteus_cache.evaluate.reading import centre_view
 from proteus_cache.students.heads import build_heads
 from proteus_cache.teachers.teacher import Teacher
 from proteus_cache.train.run_folder import HEADS

@@ -26,6 +26,7 @@ from proteus_cache.demo.scenes import CLASSES, write_scenes
 from proteus_cache.demo.speed import StepSpeed, compare_steps
 from proteus_cache.errors import WeightsError
 from proteus_cache.evaluate.evaluate import evaluate
+from proteus_cache.evaluate.knn import KnnScore
 from proteus_cache.evaluate.models import STUDENT_MODEL, TEACHER_MODEL, UNTRAINED_MODEL, load_run
 from proteus_cache.evaluate.report import EvalReport
 from proteus_cache.extract.config import ExtractConfig
@@ -297,7 +298,12 @@ def _evaluate(source: _Source, out: Path, home: Path, device: str | None, show: 
 
 def _accuracies(report: EvalReport) -> dict[str, float]:
     """Top-1 at `K` neighbours of teacher, student and untrained student; empty when nothing could be scored."""
-    by_model = {model.model: score.top1 for model in report.models for score in model.scores if score.k == K}
+    by_model = {
+        model.model: score.top1
+        for model in report.models
+        for score in model.scores
+        if isinstance(score, KnnScore) and score.k == K
+    }
     chosen = {name: by_model[name] for name in (TEACHER_MODEL, STUDENT_MODEL, UNTRAINED_MODEL)}
     return {name: share for name, share in chosen.items() if share is not None}
 

@@ -1,40 +1,32 @@
-"""Features of images: read, centre crop, every model, length 1.
+"""Features of views: what a frozen model says of an image, in the form that a protocol wants.
 
-Each image is read and cut once for all models, by threads (decoding and resizing leave the interpreter free),
-while the models compute on the batch before.
+k-NN takes the CLS token after the final norm, at length 1. A linear probe takes the CLS tokens of the last blocks, each
+after the final norm, and the mean patch token of the last.
 """
 
 from __future__ import annotations
 
 import logging
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Final
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from proteus_cache.devices import Advise, or_explain
-from proteus_cache.errors import BadImageError, ProteusCacheError
+from proteus_cache.errors import ProteusCacheError
 from proteus_cache.evaluate.labelled import Part
+from proteus_cache.evaluate.reading import BadImages, in_order, read_views
 from proteus_cache.teachers.teacher import Teacher
-from proteus_cache.views.recipe import draw_recipe
-from proteus_cache.views.render import Pixels, render
-from proteus_cache.views.source import read_source
-from proteus_cache.views.spec import ViewSpec
 
 log = logging.getLogger(__name__)
 
-BAD_IMAGES_AT_LEAST: Final = 10
-"""So many bad images of a part are skipped, or one in a thousand if that is more."""
-_BAD_IMAGES_SHARE = 0.001
-_BATCHES_AHEAD = 2
+LAST_BLOCKS: Final = 4
+"""A linear probe reads at most so many of the last blocks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,9 +52,8 @@ def extract_features(
 ) -> Features:
     """CLS features after the final norm, L2-normalised, of the centre of each image.
 
-    An image is resized by its shorter side to 256/224 of the size (bicubic) and cut in the centre: the view
-    that augmentation `none` makes, without a trip through JPEG. A model that overflows in half precision is
-    computed in fp32 from there on.
+    Each image is read and cut once for all models. A model that overflows in half precision is computed in fp32 from
+    there on.
 
     Args:
         models: name to model, all for views of `size_px`.
@@ -77,71 +68,83 @@ def extract_features(
     """
     by_model = {name: torch.empty(len(part), model.identity.width) for name, model in models.items()}
     kept: list[int] = []
-    bad_images: list[str] = []
-    for results in _batches(part, size_px, batch_size, n_threads):
-        good = [(index, pixels) for index, pixels in results if not isinstance(pixels, BadImageError)]
-        for _, error in results:
-            if isinstance(error, BadImageError):
-                _add_bad(bad_images, str(error), len(part))
-        if good:
-            views = torch.from_numpy(np.stack([pixels for _, pixels in good]))
-            rows = slice(len(kept), len(kept) + len(good))
-            for name, model in models.items():
-                by_model[name][rows] = or_explain(
-                    partial(_cls, model, views), len(views), partial(_attempt, model, views), _smaller_batch(len(views))
-                )
-            kept += [index for index, _ in good]
-        progress(len(results))
+    bad_images = BadImages(len(part))
+    requests = in_order(range(len(part)), batch_size)
+    with closing(read_views(part, requests, bad_images, size_px=size_px, n_threads=n_threads)) as batches:
+        for batch in batches:
+            if len(batch.rows):
+                rows = slice(len(kept), len(kept) + len(batch.rows))
+                for name, model in models.items():
+                    by_model[name][rows] = normalize(compute(model, batch.views, ["cls"])["cls"], dim=1).cpu()
+                kept += batch.rows.tolist()
+            progress(batch.n_requests)
     labels = torch.from_numpy(part.labels[kept])
-    return Features({name: rows[: len(kept)] for name, rows in by_model.items()}, labels, tuple(bad_images))
+    return Features({name: rows[: len(kept)] for name, rows in by_model.items()}, labels, bad_images.reasons)
 
 
-def centre_view(path: Path, size_px: int) -> Pixels:
-    """The centre of one image as (size, size, 3) uint8; errors as `read_source`."""
-    spec = ViewSpec(augment="none", size_px=size_px)
-    source = read_source(path)
-    return render(source.image, draw_recipe(spec, "", "v000", source.width, source.height), spec)
+def n_last_blocks(model: Teacher) -> int:
+    """How many last blocks a linear probe reads of this model: four, or all where there are fewer."""
+    return min(LAST_BLOCKS, model.identity.depth)
 
 
-_Result = tuple[int, Pixels | BadImageError]
+def last_block_features(model: Teacher, views: Tensor, batch_size: int) -> Tensor:
+    """What a linear probe reads of a model, from one forward.
+
+    Args:
+        model: frozen; a model that overflows in half precision is computed in fp32 from there on.
+        views: (B, H, W, 3) uint8.
+        batch_size: views in one forward.
+
+    Returns:
+        (B, (n + 1) D) float32 on the model's device, n = `n_last_blocks(model)`: the CLS tokens of the last n blocks,
+        first to last, and the mean patch token of the last, the final norm applied to each.
+    """
+    starts = range(0, len(views), batch_size)
+    return torch.cat([_last_blocks(model, views[start : start + batch_size]) for start in starts])
 
 
-def _batches(part: Part, size_px: int, batch_size: int, n_threads: int) -> Iterator[list[_Result]]:
-    """Images in their order, batch by batch, a few batches read ahead."""
-
-    def read(index: int) -> _Result:
-        try:
-            return index, centre_view(part.root / part.relative_path(index), size_px)
-        except BadImageError as error:
-            return index, error
-
-    pool = ThreadPoolExecutor(n_threads, thread_name_prefix="read-image")
-    ahead: deque[list[Future[_Result]]] = deque()
-    try:
-        for start in range(0, len(part), batch_size):
-            stop = min(start + batch_size, len(part))
-            ahead.append([pool.submit(read, index) for index in range(start, stop)])
-            if len(ahead) > _BATCHES_AHEAD:
-                yield [future.result() for future in ahead.popleft()]
-        while ahead:
-            yield [future.result() for future in ahead.popleft()]
-    finally:
-        pool.shutdown(cancel_futures=True)
+def _last_blocks(model: Teacher, views: Tensor) -> Tensor:
+    depth = model.identity.depth
+    names = [f"block.{number}" for number in range(depth - n_last_blocks(model), depth)]
+    tokens = compute(model, views, names)
+    mean_patch = tokens[names[-1]][:, 1:].mean(dim=1)
+    return torch.cat([*(tokens[name][:, 0] for name in names), mean_patch], dim=1)
 
 
-def _add_bad(bad_images: list[str], reason: str, n_images: int) -> None:
-    bad_images.append(reason)
-    log.warning("skipped image reason=%s", reason)
-    limit = max(BAD_IMAGES_AT_LEAST, int(n_images * _BAD_IMAGES_SHARE))
-    if len(bad_images) > limit:
+def compute(model: Teacher, views: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
+    """The model's targets of a batch, finite.
+
+    Args:
+        model: goes on in fp32 if it overflows in half precision.
+        views: (B, H, W, 3) uint8, B at least 1.
+        names: of targets.
+
+    Raises:
+        ProteusCacheError: the GPU has too little memory (says what fits), or the weights are damaged.
+    """
+    return or_explain(
+        partial(_finite, model, views, names),
+        len(views),
+        lambda n: model.targets(views[:n], names),
+        _smaller_batch(len(views)),
+    )
+
+
+def _finite(model: Teacher, views: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
+    targets = model.targets(views, names)
+    if not _are_finite(targets) and model.precision != "fp32":
+        log.warning("not finite in precision=%s, going on in fp32 model=%s", model.precision, model.identity.name)
+        targets = model.to(model.device, "fp32").targets(views, names)
+    if not _are_finite(targets):
         raise ProteusCacheError(
-            f"more than {limit} of {n_images:,} images cannot be used, so a score would be one of other "
-            f"images; the last: {reason}. Repair or remove them and run the same command again"
+            f"{model.identity.name} ({model.identity.weights_source}): its features are not finite numbers; "
+            "its weights are damaged or its training diverged"
         )
+    return targets
 
 
-def _attempt(model: Teacher, views: Tensor, n: int) -> None:
-    model.targets(views[:n], ["cls"])
+def _are_finite(targets: Mapping[str, Tensor]) -> bool:
+    return all(bool(tokens.isfinite().all()) for tokens in targets.values())
 
 
 def _smaller_batch(batch: int) -> Advise:
@@ -154,16 +157,3 @@ def _smaller_batch(batch: int) -> Advise:
         )
 
     return advise
-
-
-def _cls(model: Teacher, views: Tensor) -> Tensor:
-    features = model.targets(views, ["cls"])["cls"]
-    if not features.isfinite().all() and model.precision != "fp32":
-        log.warning("not finite in precision=%s, going on in fp32 model=%s", model.precision, model.identity.name)
-        features = model.to(model.device, "fp32").targets(views, ["cls"])["cls"]
-    if not features.isfinite().all():
-        raise ProteusCacheError(
-            f"{model.identity.name} ({model.identity.weights_source}): its features are not finite numbers; "
-            "its weights are damaged or its training diverged"
-        )
-    return normalize(features, dim=1).cpu()

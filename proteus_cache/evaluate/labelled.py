@@ -18,7 +18,7 @@ from proteus_cache.errors import UsageError
 from proteus_cache.images import ImageListing, draw_order, list_images
 
 TEST_SHARE: Final = 5
-"""One image in so many of each class is asked when the images come without parts."""
+"""One image in so many of each class is asked when the images come without parts, and held out of a linear probe."""
 _TEST_NAMES = ("test", "val")
 
 Labels = NDArray[np.int64]
@@ -34,6 +34,8 @@ class Part:
     """(N,) strings."""
     labels: Labels
     """(N,), numbers into `LabelledImages.classes`."""
+    keys: pa.ChunkedArray
+    """(N,) sample keys."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -42,6 +44,11 @@ class Part:
         """Path of one image below `root`."""
         path: str = self.paths[index].as_py()
         return path
+
+    def key(self, index: int) -> str:
+        """Sample key of one image."""
+        key: str = self.keys[index].as_py()
+        return key
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +70,7 @@ def find_labelled_images(images: Path, seed: int) -> LabelledImages:
 
     Args:
         images: a folder with `train` and `test` (or `val`), each with class folders; or class folders; or a
-            text list
-            with labels.
+            text list with labels.
         seed: of the split, for images without parts.
 
     Raises:
@@ -147,6 +153,7 @@ def _part(labelled: _Listing, chosen: NDArray[np.bool_]) -> Part:
         labelled.listing.root,
         labelled.listing.table["path"].filter(pa.array(chosen)),
         labelled.labels[chosen],
+        labelled.listing.table["key"].filter(pa.array(chosen)),
     )
 
 
@@ -159,6 +166,7 @@ def _join(train: _Listing, test: _Listing, split: str) -> LabelledImages:
             labelled.listing.root,
             labelled.listing.table["path"],
             np.array([number[name] for name in labelled.classes], dtype=np.int64)[labelled.labels],
+            labelled.listing.table["key"],
         )
         for labelled in (train, test)
     ]

@@ -1,4 +1,4 @@
-"""The models of an evaluation: a run's student, its average, the same student untrained, and a teacher.
+"""The models of an evaluation: a run's student, its average, the student as it began, and a teacher.
 
 A student's file describes itself, as a file for the teacher `vit` does, so every model here is one frozen ViT
 with one way from uint8 views to features.
@@ -20,12 +20,15 @@ from proteus_cache.students.registry import build_student
 from proteus_cache.teachers.registry import load_teacher
 from proteus_cache.teachers.teacher import Teacher
 from proteus_cache.teachers.weights import read_metadata, state_digest
-from proteus_cache.train.run_folder import CONFIG, EMA, STUDENT
+from proteus_cache.train.run_folder import CONFIG, EMA, START, STUDENT
 
 STUDENT_MODEL: Final = "student"
 EMA_MODEL: Final = "ema"
 TEACHER_MODEL: Final = "teacher"
 UNTRAINED_MODEL: Final = "untrained"
+"""The student as a run without `init` began: random."""
+START_MODEL: Final = "start"
+"""The student as a run with `init` began: with the weights of that file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +36,9 @@ class RunModels:
     """The three models that a finished run gives."""
 
     by_name: dict[str, Teacher]
-    """`student`, `ema` and `untrained`, on the CPU."""
+    """`student`, `ema` and the one that `began` names, on the CPU."""
+    began: str
+    """How the run began: `untrained`, or `start` where it was given start weights."""
     student: str
     """Name of the student's size."""
     size_px: int
@@ -41,7 +46,7 @@ class RunModels:
     steps: int
     """Training steps."""
     initialisation_share: float
-    """How much of the untrained weights is still in `ema`, 0 to 1."""
+    """How much of the weights that the run began with is still in `ema`, 0 to 1."""
     teacher: str
     """Name of the teacher that the run learned from."""
     teacher_sha256: str
@@ -52,14 +57,14 @@ def load_run(run: Path, home: Path) -> RunModels:
     """Load the models of a finished training run.
 
     The untrained student is built again from the seed that the run recorded, by the same code that began the
-    run.
+    run. A run that was given start weights kept them.
 
     Args:
         run: the RUN folder.
         home: the folder PROTEUS_HOME.
 
     Raises:
-        UsageError: not a run, or one that is not finished.
+        UsageError: not a run, one that is not finished, or one that lost its start weights.
         WeightsError: a file is damaged.
     """
     _check_finished(run)
@@ -78,9 +83,10 @@ def load_run(run: Path, home: Path) -> RunModels:
             f"{run}: {STUDENT} or {EMA} lacks what training writes into its metadata ({error}); train again, "
             "or give the run's own files"
         ) from error
-    models[UNTRAINED_MODEL] = _untrained(student, name, seed)
+    began = START_MODEL if "init_sha256" in metadata else UNTRAINED_MODEL
+    models[began] = _start(run, home) if began == START_MODEL else _untrained(student, name, seed)
     taught_by, teacher_sha256 = _recorded_teacher(run / CONFIG)
-    return RunModels(models, name, student.identity.size_px, steps, share, taught_by, teacher_sha256)
+    return RunModels(models, began, name, student.identity.size_px, steps, share, taught_by, teacher_sha256)
 
 
 def _check_finished(run: Path) -> None:
@@ -94,13 +100,22 @@ def _check_finished(run: Path) -> None:
 def _recorded_teacher(config: Path) -> tuple[str, str]:
     """Name and weights digest of the teacher in a run's `config.yaml`."""
     try:
-        pack = yaml.safe_load(config.read_text(encoding="utf-8"))["pack"]
-        return str(pack["teacher"]), str(pack["teacher_weights_sha256"])
+        recorded = yaml.safe_load(config.read_text(encoding="utf-8"))
+        source = recorded["live"] if "live" in recorded else recorded["pack"]
+        return str(source["teacher"]), str(source["teacher_weights_sha256"])
     except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError) as error:
         reason = " ".join(str(error).split())
         raise FormatError(
-            f"{config}: does not say which pack the run was trained on ({reason}); give a run's own folder"
+            f"{config}: does not say which pack or live teacher the run was trained on ({reason}); give a run's own "
+            "folder"
         ) from error
+
+
+def _start(run: Path, home: Path) -> Teacher:
+    """The start weights that a run kept."""
+    if not (run / START).is_file():
+        raise UsageError(f"{run}: holds no {START}, the weights that it began with; bring that file back")
+    return load_teacher("vit", weights=str(run / START), home=home, size_px=None)
 
 
 def _untrained(student: Teacher, name: str, seed: int) -> Teacher:

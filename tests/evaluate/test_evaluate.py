@@ -12,51 +12,18 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor
 
 from proteus_cache.errors import FormatError, ProteusCacheError, StorageError, UsageError
 from proteus_cache.evaluate.evaluate import evaluate
-from proteus_cache.evaluate.features import centre_view, extract_features
+from proteus_cache.evaluate.features import extract_features
+from proteus_cache.evaluate.knn import KnnScore
 from proteus_cache.evaluate.labelled import find_labelled_images
 from proteus_cache.evaluate.models import load_run, place
+from proteus_cache.evaluate.reading import centre_view
 from proteus_cache.evaluate.report import EvalReport, report_table
-from proteus_cache.students.registry import build_student, student_metadata
-from proteus_cache.train.run_folder import CONFIG, EMA, STUDENT, write_config
-from proteus_cache.train.tensors import replace_tensors
-
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-SIZE_PX = 28
-SEED = 5
-
-
-def _run(folder: Path, *, seed: int = SEED, student_seed: int | None = None, share: float = 0.5) -> Path:
-    """A finished run as training leaves it; its student is as initialised with `student_seed`."""
-    folder.mkdir()
-    student = build_student("vit_ti14", size_px=SIZE_PX, patch_px=14, mean=MEAN, std=STD, seed=seed)
-    weights: dict[str, Tensor] = dict(student.state_dict())
-    if student_seed is not None:
-        other = build_student("vit_ti14", size_px=SIZE_PX, patch_px=14, mean=MEAN, std=STD, seed=student_seed)
-        weights = dict(other.state_dict())
-    metadata = student_metadata("vit_ti14", size_px=SIZE_PX, patch_px=14, mean=MEAN, std=STD)
-    metadata |= {"student": "vit_ti14", "seed": str(seed), "steps": "4", "teacher": "dinov2_vits14"}
-    replace_tensors(folder / STUDENT, weights, metadata)
-    average = {name: 0.5 * tensor for name, tensor in weights.items()}
-    replace_tensors(folder / EMA, average, metadata | {"initialisation_share": repr(share)})
-    write_config(folder, {"pack": {"teacher": "dinov2_vits14", "teacher_weights_sha256": 64 * "0"}})
-    return folder
-
-
-def _images(folder: Path, n_of_class: dict[str, int]) -> Path:
-    """Noise around one colour of each class, as PNG."""
-    generator = np.random.default_rng(0)
-    for number, (name, count) in enumerate(n_of_class.items()):
-        (folder / name).mkdir(parents=True)
-        colour = np.array([(70 * number) % 256, (150 * number) % 256, (220 * number) % 256])
-        for index in range(count):
-            noise = generator.normal(0, 20, (40, 50, 3))
-            pixels = np.clip(colour + noise, 0, 255).astype(np.uint8)
-            Image.fromarray(pixels).save(folder / name / f"{index}.png")
-    return folder
+from proteus_cache.students.registry import build_student
+from proteus_cache.train.run_folder import CONFIG, STUDENT
+from tests.evaluate.runs import MEAN, SEED, SIZE_PX, STD, make_labelled, make_run
 
 
 def _evaluate(run: Path, images: Path, home: Path, **options: Any) -> EvalReport:  # Any: of several types
@@ -65,8 +32,8 @@ def _evaluate(run: Path, images: Path, home: Path, **options: Any) -> EvalReport
 
 def test_an_evaluation_scores_every_model_of_a_run(tmp_path: Path) -> None:
     run, images = (
-        _run(tmp_path / "run", student_seed=9),
-        _images(tmp_path / "images", {"a": 10, "b": 10, "c": 10}),
+        make_run(tmp_path / "run", student_seed=9),
+        make_labelled(tmp_path / "images", {"a": 10, "b": 10, "c": 10}),
     )
     calls: list[tuple[int, int]] = []
 
@@ -75,8 +42,9 @@ def test_an_evaluation_scores_every_model_of_a_run(tmp_path: Path) -> None:
     assert [model.model for model in report.models] == ["student", "ema", "untrained"]
     assert (report.n_train, report.n_test, report.n_classes) == (24, 6, 3)
     for model in report.models:
-        assert [score.k for score in model.scores] == [10, 20, 100, 200]
-        assert [score.n_neighbours for score in model.scores] == [10, 20, 24, 24]
+        scores = [score for score in model.scores if isinstance(score, KnnScore)]
+        assert [score.k for score in scores] == [10, 20, 100, 200]
+        assert [score.n_neighbours for score in scores] == [10, 20, 24, 24]
         assert all(score.top1 is not None and 0 <= score.top1 <= 1 for score in model.scores)
         assert all(score.top5 == 1.0 for score in model.scores[1:])
     assert len({model.weights_sha256 for model in report.models}) == 3
@@ -86,13 +54,13 @@ def test_an_evaluation_scores_every_model_of_a_run(tmp_path: Path) -> None:
 
 
 def test_evaluating_twice_gives_the_same_report(tmp_path: Path) -> None:
-    run, images = _run(tmp_path / "run", share=0.0), _images(tmp_path / "images", {"a": 8, "b": 8})
+    run, images = make_run(tmp_path / "run", share=0.0), make_labelled(tmp_path / "images", {"a": 8, "b": 8})
 
     assert _evaluate(run, images, tmp_path) == _evaluate(run, images, tmp_path)
 
 
 def test_the_untrained_student_is_the_one_that_the_seed_gives(tmp_path: Path) -> None:
-    run, images = _run(tmp_path / "run"), _images(tmp_path / "images", {"a": 8, "b": 8})
+    run, images = make_run(tmp_path / "run"), make_labelled(tmp_path / "images", {"a": 8, "b": 8})
 
     report = _evaluate(run, images, tmp_path)
 
@@ -103,7 +71,7 @@ def test_the_untrained_student_is_the_one_that_the_seed_gives(tmp_path: Path) ->
 
 
 def test_a_teacher_is_scored_beside_the_students(tmp_path: Path) -> None:
-    run, images = _run(tmp_path / "run"), _images(tmp_path / "images", {"a": 8, "b": 8})
+    run, images = make_run(tmp_path / "run"), make_labelled(tmp_path / "images", {"a": 8, "b": 8})
 
     report = _evaluate(run, images, tmp_path, teacher="dinov2_vits14", weights="random:0")
 
@@ -113,7 +81,7 @@ def test_a_teacher_is_scored_beside_the_students(tmp_path: Path) -> None:
 
 
 def test_features_are_the_normed_cls_of_the_centre_view(tmp_path: Path) -> None:
-    run, images = _run(tmp_path / "run"), _images(tmp_path / "images", {"a": 5, "b": 5})
+    run, images = make_run(tmp_path / "run"), make_labelled(tmp_path / "images", {"a": 5, "b": 5})
     models = load_run(run, tmp_path).by_name
     place(models, torch.device("cpu"))
     part = find_labelled_images(images, seed=0).train
@@ -140,7 +108,7 @@ def test_features_are_the_normed_cls_of_the_centre_view(tmp_path: Path) -> None:
 def test_the_centre_view_is_torchvisions(tmp_path: Path) -> None:
     from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
 
-    folder = _images(tmp_path / "images", {"a": 1})
+    folder = make_labelled(tmp_path / "images", {"a": 1})
     image = Image.open(folder / "a" / "0.png")
     expected = Compose([Resize(32, interpolation=InterpolationMode.BICUBIC), CenterCrop(SIZE_PX)])(image)
 
@@ -150,7 +118,7 @@ def test_the_centre_view_is_torchvisions(tmp_path: Path) -> None:
 
 
 def test_bad_images_are_skipped_counted_and_named(tmp_path: Path) -> None:
-    run, images = _run(tmp_path / "run"), _images(tmp_path / "images", {"a": 6, "b": 6})
+    run, images = make_run(tmp_path / "run"), make_labelled(tmp_path / "images", {"a": 6, "b": 6})
     (images / "a" / "bad.jpg").write_bytes(b"no image")
     (images / "b" / "empty.png").touch()
 
@@ -163,7 +131,7 @@ def test_bad_images_are_skipped_counted_and_named(tmp_path: Path) -> None:
 
 
 def test_too_many_bad_images_end_the_evaluation(tmp_path: Path) -> None:
-    run, images = _run(tmp_path / "run"), _images(tmp_path / "images", {"a": 2})
+    run, images = make_run(tmp_path / "run"), make_labelled(tmp_path / "images", {"a": 2})
     for number in range(30):
         (images / "a" / f"bad{number}.jpg").write_bytes(b"no image")
 
@@ -172,7 +140,7 @@ def test_too_many_bad_images_end_the_evaluation(tmp_path: Path) -> None:
 
 
 def test_an_image_that_vanished_is_an_error_of_the_file_system(tmp_path: Path) -> None:
-    run, images = _run(tmp_path / "run"), _images(tmp_path / "images", {"a": 5, "b": 5})
+    run, images = make_run(tmp_path / "run"), make_labelled(tmp_path / "images", {"a": 5, "b": 5})
     models = load_run(run, tmp_path).by_name
     part = find_labelled_images(images, seed=0).train
     (images / part.relative_path(0)).unlink()
@@ -182,7 +150,7 @@ def test_an_image_that_vanished_is_an_error_of_the_file_system(tmp_path: Path) -
 
 
 def test_one_image_of_each_class_gives_no_score_and_says_why(tmp_path: Path) -> None:
-    run, images = _run(tmp_path / "run"), _images(tmp_path / "images", {"a": 1, "b": 1, "c": 1})
+    run, images = make_run(tmp_path / "run"), make_labelled(tmp_path / "images", {"a": 1, "b": 1, "c": 1})
 
     report = _evaluate(run, images, tmp_path)
 
@@ -194,10 +162,10 @@ def test_one_image_of_each_class_gives_no_score_and_says_why(tmp_path: Path) -> 
 
 
 def test_unknown_test_classes_cannot_be_right_and_the_report_says_so(tmp_path: Path) -> None:
-    run = _run(tmp_path / "run")
+    run = make_run(tmp_path / "run")
     images = tmp_path / "images"
-    _images(images / "train", {"a": 3, "b": 3})
-    _images(images / "test", {"c": 2})
+    make_labelled(images / "train", {"a": 3, "b": 3})
+    make_labelled(images / "test", {"c": 2})
 
     report = _evaluate(run, images, tmp_path)
 
@@ -206,10 +174,10 @@ def test_unknown_test_classes_cannot_be_right_and_the_report_says_so(tmp_path: P
 
 
 def test_some_unknown_test_classes_are_counted(tmp_path: Path) -> None:
-    run = _run(tmp_path / "run")
+    run = make_run(tmp_path / "run")
     images = tmp_path / "images"
-    _images(images / "train", {"a": 3, "b": 3})
-    _images(images / "val", {"a": 2, "c": 3})
+    make_labelled(images / "train", {"a": 3, "b": 3})
+    make_labelled(images / "val", {"a": 2, "c": 3})
 
     report = _evaluate(run, images, tmp_path)
 
@@ -217,7 +185,7 @@ def test_some_unknown_test_classes_are_counted(tmp_path: Path) -> None:
 
 
 def test_the_report_is_json_and_frozen(tmp_path: Path) -> None:
-    run, images = _run(tmp_path / "run"), _images(tmp_path / "images", {"a": 5, "b": 5})
+    run, images = make_run(tmp_path / "run"), make_labelled(tmp_path / "images", {"a": 5, "b": 5})
 
     report = _evaluate(run, images, tmp_path)
     value = json.loads(json.dumps(report.to_json(), allow_nan=False))
@@ -229,7 +197,7 @@ def test_the_report_is_json_and_frozen(tmp_path: Path) -> None:
 
 
 def test_the_table_has_a_line_for_each_model_in_percent(tmp_path: Path) -> None:
-    run, images = _run(tmp_path / "run"), _images(tmp_path / "images", {"a": 5, "b": 5})
+    run, images = make_run(tmp_path / "run"), make_labelled(tmp_path / "images", {"a": 5, "b": 5})
 
     report = _evaluate(run, images, tmp_path)
     lines = report_table(report).splitlines()
@@ -247,7 +215,11 @@ def test_the_table_has_a_line_for_each_model_in_percent(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"protocol": "linear"}, "unknown protocol 'linear'; choose knn"),
+        ({"protocol": "liner"}, r"unknown protocol 'liner'; did you mean linear\?"),
+        ({"protocol": "logistic"}, "unknown protocol 'logistic'; choose knn or linear"),
+        ({"seed": -1}, r"--seed must be from 0 to 2\*\*63 - 1, got -1"),
+        ({"probe_steps": 10}, "--probe-steps is of a linear probe; give --protocol linear with it"),
+        ({"probe_batch": 10}, "--probe-batch is of a linear probe"),
         ({"weights": "random:0"}, "give --teacher with it"),
         ({"batch_size": 0}, "--batch-size must be at least 1"),
         ({"workers": 0}, "--workers must be at least 1"),
@@ -256,15 +228,15 @@ def test_the_table_has_a_line_for_each_model_in_percent(tmp_path: Path) -> None:
     ],
 )
 def test_misuse_is_refused(tmp_path: Path, options: dict[str, object], message: str) -> None:
-    run, images = _run(tmp_path / "run"), _images(tmp_path / "images", {"a": 2})
+    run, images = make_run(tmp_path / "run"), make_labelled(tmp_path / "images", {"a": 2})
 
     with pytest.raises(UsageError, match=message):
         evaluate(run, images, **({"home": tmp_path} | options))  # type: ignore[arg-type]  # wrong on purpose
 
 
 def test_what_is_not_a_finished_run_is_refused(tmp_path: Path) -> None:
-    images = _images(tmp_path / "images", {"a": 2})
-    run = _run(tmp_path / "run")
+    images = make_labelled(tmp_path / "images", {"a": 2})
+    run = make_run(tmp_path / "run")
 
     with pytest.raises(UsageError, match="no such folder"):
         _evaluate(tmp_path / "nowhere", images, tmp_path)
@@ -276,7 +248,7 @@ def test_what_is_not_a_finished_run_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_config_without_its_pack_is_refused(tmp_path: Path) -> None:
-    images, run = _images(tmp_path / "images", {"a": 2}), _run(tmp_path / "run")
+    images, run = make_labelled(tmp_path / "images", {"a": 2}), make_run(tmp_path / "run")
     (run / CONFIG).write_text("train: {}\n")
 
     with pytest.raises(FormatError, match="does not say which pack"):
@@ -284,7 +256,7 @@ def test_a_config_without_its_pack_is_refused(tmp_path: Path) -> None:
 
 
 def test_features_that_are_not_finite_name_the_weights(tmp_path: Path) -> None:
-    images, run = _images(tmp_path / "images", {"a": 2}), _run(tmp_path / "run")
+    images, run = make_labelled(tmp_path / "images", {"a": 2}), make_run(tmp_path / "run")
     model = load_run(run, tmp_path).by_name["student"]
     norm = model._model.norm
     assert isinstance(norm, torch.nn.LayerNorm)
@@ -296,10 +268,10 @@ def test_features_that_are_not_finite_name_the_weights(tmp_path: Path) -> None:
 
 
 def test_a_trained_teacher_is_far_better_than_an_untrained_student(tmp_path: Path, test_data: Path) -> None:
-    images = _cifar(test_data / "cifar10" / "train.tar", tmp_path / "images", n_of_class=60)
+    images = cifar(test_data / "cifar10" / "train.tar", tmp_path / "images", n_of_class=60)
     weights = str(test_data / "teachers" / "cifar10_vit.safetensors")
 
-    report = _evaluate(_run(tmp_path / "run"), images, tmp_path, teacher="vit", weights=weights)
+    report = _evaluate(make_run(tmp_path / "run"), images, tmp_path, teacher="vit", weights=weights)
 
     by_name = {model.model: model.scores[1].top1 for model in report.models}
     teacher, untrained = by_name["teacher"], by_name["untrained"]
@@ -310,7 +282,8 @@ def test_a_trained_teacher_is_far_better_than_an_untrained_student(tmp_path: Pat
     assert teacher > untrained
 
 
-def _cifar(archive: Path, folder: Path, *, n_of_class: int) -> Path:
+def cifar(archive: Path, folder: Path, *, n_of_class: int) -> Path:
+    """The first images of each class of an archive, as class folders."""
     counts: dict[str, int] = {}
     with tarfile.open(archive) as tar:
         for member in tar:
@@ -333,7 +306,7 @@ def test_the_sample_of_imagenet_is_read_whole(tmp_path: Path, test_data: Path) -
         for image in folder.iterdir():
             (target / image.name).symlink_to(image)
 
-    report = _evaluate(_run(tmp_path / "run"), tmp_path / "images", tmp_path)
+    report = _evaluate(make_run(tmp_path / "run"), tmp_path / "images", tmp_path)
 
     assert report.n_bad_images == 0
     assert report.n_train + report.n_test == 40

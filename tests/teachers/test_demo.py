@@ -13,8 +13,8 @@ from torch.nn.functional import normalize
 import proteus_cache.teachers
 from proteus_cache.demo.scenes import CLASSES, write_scenes
 from proteus_cache.errors import UsageError
-from proteus_cache.evaluate.features import centre_view
 from proteus_cache.evaluate.knn import knn_scores
+from proteus_cache.evaluate.reading import centre_view
 from proteus_cache.teachers.registry import fetch_weights, load_teacher
 from proteus_cache.teachers.teacher import Teacher
 from proteus_cache.teachers.weights import read_metadata

@@ -40,6 +40,7 @@ def decoded_batches(
     n_steps: int,
     first_step: int,
     seed: int,
+    repeats: int,
     device: str | torch.device,
     workers: int | None,
     rank: int,
@@ -49,7 +50,7 @@ def decoded_batches(
     place = torch.device(device)
     loader = open_loader(
         pack,
-        pack.training_order(seed=seed, batch_size=batch_size),
+        pack.training_order(seed=seed, batch_size=batch_size, repeats=repeats),
         first_step=first_step,
         last_step=n_steps,
         rank=rank,

@@ -116,6 +116,11 @@ class Index:
         self._check(records, numbers)
         return records
 
+    def rows(self, first: int, end: int) -> NDArray[np.int64]:
+        """Image rows of records `first` to `end` - 1; unlike `read`, for a file that was proved as a whole."""
+        rows: NDArray[np.int64] = self._records["row"][first:end].astype(np.int64)
+        return rows
+
     def _check(self, records: Records, numbers: NDArray[np.int64]) -> None:
         good = (
             (records["tar"] < self._n_tars)

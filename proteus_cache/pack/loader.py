@@ -21,13 +21,11 @@ from typing import TYPE_CHECKING, Protocol, Self
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from proteus_cache.cache.layout import PROBE, view_name
-from proteus_cache.errors import UsageError
-from proteus_cache.pack.order import BatchPlan, Order
-from proteus_cache.pack.samples import PackLayout, SampleReader
+from proteus_cache.pack.order import BatchPlan, Order, check_shares, share_of
+from proteus_cache.pack.samples import PackLayout, Part, SampleReader
 from proteus_cache.pack.slots import SlotPool, SlotShape, shared_file
 from proteus_cache.pack.worker import ReaderProcess
 from proteus_cache.plan.human import human_bytes
@@ -49,8 +47,8 @@ class Batch:
 
     step: int
     epoch: int
-    view_index: int | None
-    """None for the probe."""
+    view_indices: Tensor | None
+    """(b,) int64; None for the probe."""
     positions: Tensor
     """(b,) int64, positions within the global batch."""
     views: Tensor
@@ -90,10 +88,7 @@ def open_loader(
     Raises:
         UsageError: a rank would get no samples.
     """
-    if not 0 <= rank < world_size:
-        raise UsageError(f"rank {rank} of {world_size} ranks does not exist")
-    if order.batch_size < world_size:
-        raise UsageError(f"a batch of {order.batch_size} cannot be shared by {world_size} ranks; raise --batch-size")
+    check_shares(order.batch_size, rank, world_size)
     for view in pack.layout.views:
         pack.check_index(view)
     shape = SlotShape(-(-order.batch_size // world_size), pack.code_bytes, pack.side_px)
@@ -108,7 +103,7 @@ class _Readers(Protocol):
     shape: SlotShape
     n_ahead: int
 
-    def submit(self, slot: int, view: str, numbers: NDArray[np.int64]) -> None: ...
+    def submit(self, slot: int, parts: list[Part]) -> None: ...
 
     def wait(self) -> int: ...
 
@@ -178,10 +173,8 @@ class Loader(Iterator[Batch]):
                 self._readers.pool.give_back(slot)
                 return
             plan = self._order.batch(step)
-            n = plan.records.size
-            positions = range(self._rank * n // self._world_size, (self._rank + 1) * n // self._world_size)
-            view = PROBE if plan.view_index is None else view_name(plan.view_index)
-            self._readers.submit(slot, view, plan.records[positions.start : positions.stop])
+            positions = share_of(plan.records.size, self._rank, self._world_size)
+            self._readers.submit(slot, _parts(plan, positions))
             self._pending.append((step, plan, positions, slot))
 
     def _hand_out(self, step: int, plan: BatchPlan, positions: range, slot: int) -> Batch:
@@ -193,7 +186,24 @@ class Loader(Iterator[Batch]):
             views, codes = _copied(views, self._pin), _copied(codes, self._pin)
             pool.give_back(slot)
         numbers = torch.arange(positions.start, positions.stop, dtype=torch.int64)
-        return Batch(step, plan.epoch, plan.view_index, numbers, views, codes)
+        indices = None
+        if plan.view_indices is not None:
+            indices = torch.from_numpy(plan.view_indices[positions.start : positions.stop])
+        return Batch(step, plan.epoch, indices, numbers, views, codes)
+
+
+def _parts(plan: BatchPlan, positions: range) -> list[Part]:
+    """What a rank reads of a batch, by view index: one part unless images are repeated."""
+    mine = slice(positions.start, positions.stop)
+    records = plan.records[mine]
+    if plan.view_indices is None:
+        return [Part(PROBE, records, np.arange(records.size, dtype=np.int64))]
+    indices = plan.view_indices[mine]
+    parts = []
+    for view in np.unique(indices).tolist():
+        rows = np.flatnonzero(indices == view)
+        parts.append(Part(view_name(view), records[rows], rows))
+    return parts
 
 
 def _copied(tensor: Tensor, pin: bool) -> Tensor:
@@ -228,10 +238,10 @@ class _Inline:
         self.shape = shape
         self.pool = SlotPool(shape.slot_bytes, 1 + _LENT)
         self._reader = SampleReader(layout)
-        self._task: tuple[int, str, NDArray[np.int64]] | None = None
+        self._task: tuple[int, list[Part]] | None = None
 
-    def submit(self, slot: int, view: str, numbers: NDArray[np.int64]) -> None:
-        self._task = slot, view, numbers
+    def submit(self, slot: int, parts: list[Part]) -> None:
+        self._task = slot, parts
 
     def wait(self) -> int:
         assert self._task is not None
@@ -253,8 +263,8 @@ class _Threads:
         self._threads = ThreadPoolExecutor(n_workers, thread_name_prefix="reader")
         self._answers: deque[Future[int]] = deque()
 
-    def submit(self, slot: int, view: str, numbers: NDArray[np.int64]) -> None:
-        self._answers.append(self._threads.submit(self._run, slot, view, numbers))
+    def submit(self, slot: int, parts: list[Part]) -> None:
+        self._answers.append(self._threads.submit(self._run, slot, parts))
 
     def wait(self) -> int:
         return self._answers.popleft().result()
@@ -262,10 +272,10 @@ class _Threads:
     def close(self) -> None:
         self._threads.shutdown(wait=True, cancel_futures=True)
 
-    def _run(self, slot: int, view: str, numbers: NDArray[np.int64]) -> int:
+    def _run(self, slot: int, parts: list[Part]) -> int:
         if not hasattr(self._own, "reader"):
             self._own.reader = SampleReader(self._layout)
-        return _read(self._own.reader, self.pool, self.shape, slot, view, numbers)
+        return _read(self._own.reader, self.pool, self.shape, slot, parts)
 
 
 class _Processes:
@@ -287,8 +297,8 @@ class _Processes:
         finally:
             os.close(descriptor)
 
-    def submit(self, slot: int, view: str, numbers: NDArray[np.int64]) -> None:
-        self._readers[self._asked % len(self._readers)].submit(slot, view, numbers)
+    def submit(self, slot: int, parts: list[Part]) -> None:
+        self._readers[self._asked % len(self._readers)].submit(slot, parts)
         self._asked += 1
 
     def wait(self) -> int:
@@ -302,9 +312,9 @@ class _Processes:
         self._readers.clear()
 
 
-def _read(
-    reader: SampleReader, pool: SlotPool, shape: SlotShape, slot: int, view: str, numbers: NDArray[np.int64]
-) -> int:
-    memory, before = pool.array(slot), reader.bytes_read
-    reader.read(view, numbers, shape.codes(memory, numbers.size), shape.views(memory, numbers.size))
+def _read(reader: SampleReader, pool: SlotPool, shape: SlotShape, slot: int, parts: list[Part]) -> int:
+    n, memory, before = sum(part.numbers.size for part in parts), pool.array(slot), reader.bytes_read
+    codes, views = shape.codes(memory, n), shape.views(memory, n)
+    for part in parts:
+        reader.read(part, codes, views)
     return reader.bytes_read - before

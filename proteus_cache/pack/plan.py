@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from proteus_cache import storage, stores, tar
-from proteus_cache.cache.layout import PROBE, is_view
+from proteus_cache.cache.layout import PROBE, is_view, view_name
 from proteus_cache.cache.reader import Cache, combine_view_ids, open_cache
 from proteus_cache.cache.writer import rows_of_view
 from proteus_cache.codecs import codec_for_target
@@ -195,6 +195,12 @@ def plan_pack(
 def plan_path(out: Path) -> Path:
     """Where the plan of an unfinished pack is."""
     return out / "tmp" / "plan.json"
+
+
+def first_views(cache: Cache, count: int) -> list[str]:
+    """Names of the first so many view indices, and of the probe where there is one."""
+    probe = [PROBE] if cache.manifest.images.n_probe else []
+    return [view_name(index) for index in range(count)] + probe
 
 
 def _wanted_codecs(cache: Cache, targets: Sequence[str] | None, codec: str | None) -> dict[str, str]:

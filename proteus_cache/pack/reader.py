@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import bisect
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,14 +15,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from proteus_cache import storage, stores
-from proteus_cache.cache.layout import PROBE, view_index
+from proteus_cache.cache.layout import PROBE, view_index, view_name
 from proteus_cache.cache.manifest import TeacherRecord, ViewsRecord
 from proteus_cache.documents import MAX_DOCUMENT_BYTES, digest_of, parse_sealed
 from proteus_cache.errors import ChecksumError, DamageError, FormatError, UsageError
 from proteus_cache.pack.document import PackDocument, PackTarget
 from proteus_cache.pack.index import NO_LABEL, REMEDY
 from proteus_cache.pack.order import SequentialOrder, TrainingOrder, records_of_tars
-from proteus_cache.pack.samples import PackLayout, SampleReader
+from proteus_cache.pack.samples import PackLayout, Part, SampleReader
 
 if TYPE_CHECKING:
     import torch
@@ -96,6 +96,11 @@ class Pack:
         return self.document.targets
 
     @property
+    def target_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every target for one view."""
+        return {target.name: tuple(target.shape) for target in self.targets}
+
+    @property
     def cache_id(self) -> str:
         """Identity of the cache that was packed."""
         return self.document.cache.cache_id
@@ -130,14 +135,29 @@ class Pack:
         """(n_tars,) stored views in every tar of a view index."""
         return np.array([tar.n_samples for tar in self.document.packed[view].tars], dtype=np.int64)
 
-    def training_order(self, *, seed: int, batch_size: int) -> TrainingOrder:
+    def training_order(self, *, seed: int, batch_size: int, repeats: int = 1) -> TrainingOrder:
         """The order of training on this pack: held-out tars and the probe are never drawn.
 
+        Args:
+            seed: of the run.
+            batch_size: over all processes.
+            repeats: views of an image in one epoch, which then draws one image of as many.
+
         Raises:
-            UsageError: a batch is larger than the data.
+            UsageError: a batch is larger than the data, or the pack holds fewer view indices than repeats.
+            DamageError: an index that tells which images have no stored view is damaged.
         """
+        starts = np.arange(-(-self.document.n_images // self.document.shard_size)) * self.document.shard_size
         counts = {int(view[1:]): self.counts(view) for view in self.views}
-        return TrainingOrder(counts, held_out=self.document.held_out, seed=seed, batch_size=batch_size)
+        return TrainingOrder(
+            counts,
+            held_out=self.document.held_out,
+            seed=seed,
+            batch_size=batch_size,
+            repeats=repeats,
+            images=np.minimum(self.document.n_images - starts, self.document.shard_size),
+            places=partial(self._places, counts),
+        )
 
     def held_out_order(self, *, batch_size: int) -> SequentialOrder | None:
         """The held-out views of the first view index, once; None when nothing is held out."""
@@ -184,8 +204,10 @@ class Pack:
         Returns:
             (B, 3, H, W) float32.
         """
+        from proteus_cache.pixels import normalise
+
         mean, std = self._statistics_on(views.device)
-        return (views.permute(0, 3, 1, 2).float() - mean) / std
+        return normalise(views, mean, std)
 
     def batches(
         self,
@@ -194,6 +216,7 @@ class Pack:
         n_steps: int,
         first_step: int = 0,
         seed: int = 0,
+        repeats: int = 1,
         device: str | torch.device = "cpu",
         workers: int | None = None,
         rank: int = 0,
@@ -201,14 +224,16 @@ class Pack:
     ) -> Iterator[DecodedBatch]:
         """Batches for a training loop of one's own, decoded, in the order that `proteus-cache train` takes.
 
-        Every epoch takes one view index; held-out images and the probe are never drawn. What step s holds depends on
-        the pack, `seed`, `batch_size` and s alone, so a loop that was stopped goes on with `first_step`.
+        Every epoch takes one view index (`repeats` of them); held-out images and the probe are never drawn. What step s
+        holds depends on the pack, `seed`, `batch_size`, `repeats` and s alone, so a loop that was stopped goes on with
+        `first_step`.
 
         Args:
             batch_size: over all processes.
             n_steps: the last step is `n_steps` - 1.
             first_step: steps that are done already.
             seed: of the order.
+            repeats: views of an image in one epoch, which then draws one image of as many.
             device: where the tensors are put.
             workers: reader processes; None takes the usable cores less one, 0 reads in this process.
             rank: of this process; each gets its part of every batch.
@@ -229,6 +254,7 @@ class Pack:
             n_steps=n_steps,
             first_step=first_step,
             seed=seed,
+            repeats=repeats,
             device=device,
             workers=workers,
             rank=rank,
@@ -262,7 +288,7 @@ class Pack:
         numbers = np.array([number], dtype=np.int64)
         codes = np.empty((1, self.code_bytes), dtype=np.uint8)
         pixels = np.empty((1, self.side_px, self.side_px, 3), dtype=np.uint8)
-        self._reader.read(view, numbers, codes, pixels)
+        self._reader.read(Part(view, numbers, np.zeros(1, dtype=np.int64)), codes, pixels)
         label = int(self._reader.index(view).read(numbers)["label"][0])
         what = f"{self.path}/{view}: the document of record {number}"
         document = parse_sealed(self._reader.read_json(view, number), what)
@@ -280,6 +306,16 @@ class Pack:
     def _reader(self) -> SampleReader:
         return self.sample_reader()
 
+    def _places(self, counts: Mapping[int, NDArray[np.int64]], number: int, tar: int) -> NDArray[np.int64]:
+        """Which images of a tar have a stored view of this view index, counted from the tar's first image."""
+        view, size = view_name(number), self.document.shard_size
+        self.check_index(view)
+        first = int(counts[number][:tar].sum())
+        places = self._reader.index(view).rows(first, first + int(counts[number][tar])) - tar * size
+        if places.size and not (places[0] >= 0 and (np.diff(places) > 0).all() and places[-1] < size):
+            raise FormatError(f"{self.layout.index_path(view)}: the images of tar {tar} are not in its order; {REMEDY}")
+        return places
+
     def _check_index(self, view: str) -> None:
         recorded = self.document.packed[view].index
         path = self.layout.index_path(view)
@@ -295,14 +331,10 @@ class Pack:
         return {name: codec.to(device) for name, codec in loaded.items()}
 
     def _load_statistics(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of pixels in 0 to 255, each (3, 1, 1)."""
-        import torch
+        """Mean and standard deviation of pixels in 0 to 1."""
+        from proteus_cache.pixels import channel_values
 
-        mean, std = (
-            255 * torch.tensor(values, device=device).reshape(3, 1, 1)
-            for values in (self.teacher.mean, self.teacher.std)
-        )
-        return mean, std
+        return channel_values(self.teacher.mean, device), channel_values(self.teacher.std, device)
 
     def _parameters_blob(self, target: PackTarget) -> bytes | None:
         if target.codec.parameters is None:

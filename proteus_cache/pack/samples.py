@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import google_crc32c
 import numpy as np
@@ -46,6 +47,17 @@ def tar_name(view: str, tar: int) -> str:
     return f"{view}/{shard_stem(tar)}.tar"
 
 
+class Part(NamedTuple):
+    """The samples of one view index in a batch."""
+
+    view: str
+    """"v000", ... or "probe"."""
+    numbers: NDArray[np.int64]
+    """(n,) record numbers."""
+    rows: NDArray[np.int64]
+    """(n,) where they stand in the batch."""
+
+
 @dataclass(frozen=True, slots=True)
 class RawSamples:
     """Samples as they are stored."""
@@ -70,30 +82,31 @@ class SampleReader:
         self._between = np.empty(2 * BLOCK, dtype=np.uint8)
         self._scratch = np.empty(1 << 20, dtype=np.uint8)
 
-    def read(self, view: str, numbers: NDArray[np.int64], codes: NDArray[np.uint8], views: NDArray[np.uint8]) -> None:
-        """Fill a batch.
+    def read(self, part: Part, codes: NDArray[np.uint8], views: NDArray[np.uint8]) -> None:
+        """Fill rows of a batch.
 
         Args:
-            view: "v000", ... or "probe".
-            numbers: (n,) record numbers.
-            codes: (n, code_bytes) uint8, C order, overwritten.
-            views: (n, H, W, 3) uint8, overwritten with decoded views.
+            part: which samples, and the rows they fill.
+            codes: (b, code_bytes) uint8, C order, overwritten in these rows.
+            views: (b, H, W, 3) uint8, overwritten with decoded views in these rows.
 
         Raises:
             DamageError: bytes are not those that were packed; says which tar, row and byte.
             StorageError: a file cannot be read.
         """
-        records = self.index(view).read(numbers)
+        view, rows = part.view, part.rows.tolist()
+        records = self.index(view).read(part.numbers)
         sizes = records["view_size"].tolist()
         if max(sizes, default=0) > self._scratch.size:
             self._scratch = np.empty(max(sizes), dtype=np.uint8)
         scratch = self._scratch
         places = (scratch[:size] for size in sizes)
-        for at_row, size in zip(self._members(view, records, codes, places), sizes, strict=True):
+        members = self._members(view, records, map(codes.__getitem__, rows), places)
+        for number, row, size in zip(members, rows, sizes, strict=True):
             try:
-                views[at_row] = decode_view(scratch[:size].data, self.layout.side_px)
+                views[row] = decode_view(scratch[:size].data, self.layout.side_px)
             except FormatError as error:
-                raise FormatError(f"{self._where(view, records, at_row)}: {error}; {REMEDY}") from error
+                raise FormatError(f"{self._where(view, records, number)}: {error}; {REMEDY}") from error
 
     def read_raw(
         self, view: str, numbers: NDArray[np.int64], codes: NDArray[np.uint8], view_bytes: NDArray[np.uint8]
@@ -143,7 +156,7 @@ class SampleReader:
             self.close()
 
     def _members(
-        self, view: str, records: Records, codes: NDArray[np.uint8], places: Iterable[NDArray[np.uint8]]
+        self, view: str, records: Records, codes: Iterable[NDArray[np.uint8]], places: Iterable[NDArray[np.uint8]]
     ) -> Iterator[int]:
         """Read codes and view of every record; yields the row once both are in place and checked.
 

@@ -1,8 +1,9 @@
 """A reader process: takes record numbers through a pipe, fills slots of shared memory, ends with its parent.
 
 It imports numpy and Pillow, not torch, and is started as a plain child, so it never runs the parent's main
-script a second time and inherits no lock, device or thread. A message to it is 16 bytes (slot, number of
-samples, view) and the record numbers; an answer is a JSON object.
+script a second time and inherits no lock, device or thread. A message to it is 8 bytes (slot, samples of the
+batch) and for each view index 16 bytes (view, samples), the record numbers and the rows they fill; an answer is a
+JSON object.
 """
 
 from __future__ import annotations
@@ -15,20 +16,21 @@ import struct
 import subprocess
 import sys
 import traceback
+from collections.abc import Iterator
 from dataclasses import asdict
 from multiprocessing.connection import Connection, Pipe
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from proteus_cache import errors
 from proteus_cache.errors import ProteusCacheError
-from proteus_cache.pack.samples import PackLayout, SampleReader
+from proteus_cache.pack.samples import PackLayout, Part, SampleReader
 from proteus_cache.pack.slots import SlotPool, SlotShape
 from proteus_cache.processes import follow_parent
 
-_TASK = struct.Struct("<II8s")
+_TASK = struct.Struct("<II")
+_PART = struct.Struct("<8sQ")
 _MAX_ANSWER_BYTES = 1 << 20
 _START = "import sys, json; spec = json.loads(sys.argv[1]); sys.path[:] = spec['path']; "
 _START += "from proteus_cache.pack.worker import main; main(spec)"
@@ -69,10 +71,10 @@ class ReaderProcess:
         """Process number."""
         return self._process.pid
 
-    def submit(self, slot: int, view: str, numbers: NDArray[np.int64]) -> None:
+    def submit(self, slot: int, parts: list[Part]) -> None:
         """Ask for a batch; answers come in the order of the questions."""
         try:
-            self._pipe.send_bytes(_TASK.pack(slot, numbers.size, view.encode()) + numbers.tobytes())
+            self._pipe.send_bytes(_message(slot, parts))
         except OSError as error:
             raise self._ended() from error
 
@@ -111,6 +113,23 @@ class ReaderProcess:
         return ProteusCacheError(f"reader process {self.pid} {how}; {advice}")
 
 
+def _message(slot: int, parts: list[Part]) -> bytes:
+    buffers = [_TASK.pack(slot, sum(part.numbers.size for part in parts))]
+    for part in parts:
+        head = _PART.pack(part.view.encode(), part.numbers.size)
+        buffers += [head, part.numbers.tobytes(), part.rows.tobytes()]
+    return b"".join(buffers)
+
+
+def _parts(message: bytes) -> Iterator[Part]:
+    at = _TASK.size
+    while at < len(message):
+        view, n = _PART.unpack_from(message, at)
+        columns = np.frombuffer(message, dtype=np.int64, count=2 * n, offset=at + _PART.size).reshape(2, n)
+        yield Part(view.rstrip(b"\0").decode(), columns[0], columns[1])
+        at += _PART.size + columns.nbytes
+
+
 def main(spec: dict[str, Any]) -> None:
     """Answer until the parent closes the pipe."""
     follow_parent()
@@ -130,12 +149,13 @@ def main(spec: dict[str, Any]) -> None:
 
 
 def _answer(message: bytes, reader: SampleReader, pool: SlotPool, shape: SlotShape) -> dict[str, Any]:
-    slot, n, view = _TASK.unpack_from(message)
+    slot, n = _TASK.unpack_from(message)
     before = reader.bytes_read
     try:
-        numbers = np.frombuffer(message, dtype=np.int64, offset=_TASK.size)
         memory = pool.array(slot)
-        reader.read(view.rstrip(b"\0").decode(), numbers, shape.codes(memory, n), shape.views(memory, n))
+        codes, views = shape.codes(memory, n), shape.views(memory, n)
+        for part in _parts(message):
+            reader.read(part, codes, views)
     except Exception as error:
         known = isinstance(error, ProteusCacheError)
         notes = [*getattr(error, "__notes__", []), *([] if known else [traceback.format_exc(limit=-4)])]

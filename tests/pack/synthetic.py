@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -31,11 +32,13 @@ def write_pack(
     view_format: str = "png",
     held_out: tuple[int, ...] = (),
     quarantined: tuple[int, ...] = (),
+    missing: Mapping[str, tuple[int, ...]] | None = None,
     patch_bytes: int | None = None,
 ) -> Path:
     """Write a pack whose codes tell where they belong: see `expected_codes`.
 
-    `patch_bytes` makes one opaque "patch" target of that many codes instead of the small float16 ones.
+    `quarantined` rows have no stored view at all, `missing` ones none of one view index. `patch_bytes` makes one opaque
+    "patch" target of that many codes instead of the small float16 ones.
     """
     targets = _targets(patch_bytes)
     code_bytes = sum(target.codec.code_bytes for target in targets)
@@ -47,7 +50,7 @@ def write_pack(
         tars, records = [], []
         for shard in range(-(-n_rows // shard_size)):
             rows = range(shard * shard_size, min((shard + 1) * shard_size, n_rows))
-            kept = [row for row in rows if row not in quarantined]
+            kept = [row for row in rows if row not in (*quarantined, *(missing or {}).get(view, ()))]
             samples = [_sample(view, row, side_px, view_format, targets) for row in kept]
             extension = "png" if view_format == "png" else "jpg"
             written = write_new(root / view / f"{shard_stem(shard)}.tar", tar_buffers(samples, extension))

@@ -21,10 +21,10 @@ def test_batches_are_the_decoded_samples_of_the_training_order(whole_pack: Pack)
     assert [batch.step for batch in batches] == list(range(6))
     for batch in batches:
         plan = order.batch(batch.step)
-        assert plan.view_index is not None
+        assert plan.view_indices is not None
         assert batch.epoch == plan.epoch
-        for place, record in enumerate(plan.records):
-            sample = whole_pack.sample(f"v{plan.view_index:03d}", int(record))
+        for place, (view, record) in enumerate(zip(plan.view_indices.tolist(), plan.records.tolist(), strict=True)):
+            sample = whole_pack.sample(f"v{view:03d}", record)
             pixels = ((sample.view / 255 - mean) / std).transpose(2, 0, 1)
             np.testing.assert_allclose(batch.pixels[place], pixels, rtol=0, atol=1e-5)
             assert list(batch.targets) == list(sample.targets)

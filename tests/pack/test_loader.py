@@ -23,10 +23,18 @@ from proteus_cache.pack.slots import shared_file
 from tests.pack.synthetic import expected_codes, expected_view
 
 N_STEPS = 10
+FIELDS = ("view_indices", "positions", "views", "codes")
 
 
-def load(pack: Pack, *, first: int = 0, last: int = N_STEPS, **how: Any) -> list[Batch]:  # options of open_loader
-    order = pack.training_order(seed=5, batch_size=4)
+def load(
+    pack: Pack,
+    *,
+    first: int = 0,
+    last: int = N_STEPS,
+    repeats: int = 1,
+    **how: Any,  # options of open_loader
+) -> list[Batch]:
+    order = pack.training_order(seed=5, batch_size=4, repeats=repeats)
     with open_loader(pack, order, first_step=first, last_step=last, **how) as opened:
         return list(opened)
 
@@ -34,33 +42,40 @@ def load(pack: Pack, *, first: int = 0, last: int = N_STEPS, **how: Any) -> list
 def assert_equal(batches: list[Batch], others: list[Batch]) -> None:
     assert len(batches) == len(others)
     for batch, other in zip(batches, others, strict=True):
-        assert (batch.step, batch.epoch, batch.view_index) == (other.step, other.epoch, other.view_index)
-        for field in ("positions", "views", "codes"):
+        assert (batch.step, batch.epoch) == (other.step, other.epoch)
+        for field in FIELDS:
             assert torch.equal(getattr(batch, field), getattr(other, field))
 
 
-def test_batches_hold_what_the_order_says(whole_pack: Pack) -> None:
+@pytest.mark.parametrize("repeats", [1, 2])
+def test_batches_hold_what_the_order_says(whole_pack: Pack, repeats: int) -> None:
     rows = [row for row in range(12) if row != 4]
-    order = whole_pack.training_order(seed=5, batch_size=4)
+    order = whole_pack.training_order(seed=5, batch_size=4, repeats=repeats)
 
-    for batch in load(whole_pack):
+    for batch in load(whole_pack, repeats=repeats):
         plan = order.batch(batch.step)
-        assert (batch.epoch, batch.view_index) == (plan.epoch, plan.view_index)
+        assert plan.view_indices is not None
+        assert batch.view_indices is not None
+        assert batch.epoch == plan.epoch
+        assert batch.view_indices.tolist() == plan.view_indices.tolist()
         assert batch.positions.tolist() == [0, 1, 2, 3]
         assert (batch.views.dtype, batch.codes.dtype, batch.positions.dtype) == (torch.uint8, torch.uint8, torch.int64)
-        for place, record in enumerate(plan.records):
-            view, row = f"v{batch.view_index:03d}", rows[record]
+        for place, (number, record) in enumerate(zip(batch.view_indices.tolist(), plan.records, strict=True)):
+            view, row = f"v{number:03d}", rows[record]
             assert np.array_equal(batch.views[place], expected_view(view, row, 8))
             assert np.array_equal(batch.codes[place], np.concatenate(expected_codes(view, row, whole_pack.targets)))
 
 
-def test_readers_do_not_change_batches(whole_pack: Pack, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    alone = load(whole_pack)
+@pytest.mark.parametrize("repeats", [1, 2])
+def test_readers_do_not_change_batches(
+    whole_pack: Pack, tmp_path: Path, caplog: pytest.LogCaptureFixture, repeats: int
+) -> None:
+    alone = load(whole_pack, repeats=repeats)
 
-    assert_equal(load(whole_pack, n_workers=1), alone)
-    assert_equal(load(whole_pack, n_workers=3), alone)
+    assert_equal(load(whole_pack, repeats=repeats, n_workers=1), alone)
+    assert_equal(load(whole_pack, repeats=repeats, n_workers=3), alone)
     assert not caplog.records
-    assert_equal(load(whole_pack, n_workers=2, shared_folder=tmp_path / "missing"), alone)
+    assert_equal(load(whole_pack, repeats=repeats, n_workers=2, shared_folder=tmp_path / "missing"), alone)
     assert "reading with threads instead of processes" in caplog.text
 
 
@@ -84,14 +99,15 @@ def test_resuming_needs_no_replay(whole_pack: Pack, n_workers: int) -> None:
     assert_equal(load(whole_pack, first=7, n_workers=n_workers), load(whole_pack)[7:])
 
 
+@pytest.mark.parametrize("repeats", [1, 2])
 @pytest.mark.parametrize("world_size", [2, 3, 4])
-def test_ranks_share_every_batch(whole_pack: Pack, world_size: int) -> None:
-    whole = load(whole_pack)
+def test_ranks_share_every_batch(whole_pack: Pack, world_size: int, repeats: int) -> None:
+    whole = load(whole_pack, repeats=repeats)
 
-    parts = [load(whole_pack, rank=rank, world_size=world_size) for rank in range(world_size)]
+    parts = [load(whole_pack, repeats=repeats, rank=rank, world_size=world_size) for rank in range(world_size)]
 
     for step, batch in enumerate(whole):
-        for field in ("positions", "views", "codes"):
+        for field in FIELDS:
             joined = torch.cat([getattr(part[step], field) for part in parts])
             assert torch.equal(joined, getattr(batch, field))
 
@@ -104,7 +120,9 @@ def test_held_out_and_probe_are_read_once(whole_pack: Pack) -> None:
     for order, sizes, view_index in ((held_out, [2, 1], 0), (probe, [4, 1], None)):
         batches = list(open_loader(whole_pack, order, first_step=0, last_step=order.n_steps, n_workers=1))
         assert [len(batch.views) for batch in batches] == sizes
-        assert {batch.view_index for batch in batches} == {view_index}
+        for batch in batches:
+            found = None if batch.view_indices is None else set(batch.view_indices.tolist())
+            assert found == (None if view_index is None else {view_index})
 
 
 def test_a_consumer_that_keeps_batches_keeps_them_unharmed(whole_pack: Pack) -> None:

@@ -13,7 +13,8 @@ import torch
 
 from proteus_cache.cache.receipt import FileRecord
 from proteus_cache.errors import ChecksumError, DamageError, FormatError, UsageError
-from proteus_cache.pack.index import index_header
+from proteus_cache.pack.index import Index, index_header
+from proteus_cache.pack.order import BatchPlan
 from proteus_cache.pack.reader import Pack, open_pack
 from proteus_cache.storage import sha256_of, write_new
 from tests.pack.synthetic import N_PATCHES, WIDTH, expected_codes, expected_view, key_of, write_pack
@@ -67,6 +68,37 @@ def test_held_out_tars_are_left_to_their_own_order(whole_pack: Pack) -> None:
     assert held_out.batch(0).records.tolist() == [5, 6, 7]
     assert training.n_samples == 8
     assert not set(training.batch(0).records.tolist()) & {5, 6, 7}
+
+
+def test_repeats_leave_out_images_that_have_not_all_views(tmp_path: Path) -> None:
+    views = ("v000", "v001", "v002")
+    missing = {"v000": (4, 5), "v001": (9,)}
+    pack = open_pack(write_pack(tmp_path / "pack", n_images=12, views=views, missing=missing, held_out=(0,)))
+    order = pack.training_order(seed=0, batch_size=4, repeats=2)
+
+    entries = [entry for step in range(60) for entry in _entries(pack, order.batch(step))]
+
+    assert (order.n_samples, order.steps_per_epoch) == (4, 1)
+    assert all(len({key for key, _ in entries[first : first + 2]}) == 1 for first in range(0, len(entries), 2))
+    assert {key for key, _ in entries} == {key_of(row) for row in range(4, 12)}
+    for key, seen in ((4, {1, 2}), (9, {0, 2}), (11, {0, 1, 2})):
+        assert {view for found, view in entries if found == key_of(key)} == seen
+
+
+def _entries(pack: Pack, plan: BatchPlan) -> list[tuple[str, int]]:
+    assert plan.view_indices is not None
+    both = zip(plan.view_indices.tolist(), plan.records.tolist(), strict=True)
+    return [(pack.sample(f"v{view:03d}", record).key, view) for view, record in both]
+
+
+def test_an_index_whose_rows_are_not_those_of_its_tar_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pack = open_pack(write_pack(tmp_path / "pack", missing={"v001": (5,)}))
+    monkeypatch.setattr(Index, "rows", lambda self, first, end: np.array([4, 7, 7]))
+
+    with pytest.raises(FormatError, match=r"v001\.idx: the images of tar 1 are not in its order"):
+        pack.training_order(seed=0, batch_size=2, repeats=2)
 
 
 def test_a_pack_without_probe_and_held_out_tars_says_so(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from proteus_cache.errors import ChecksumError, DamageError, FormatError, StorageError
 from proteus_cache.pack import samples
 from proteus_cache.pack.reader import Pack
+from proteus_cache.pack.samples import Part
 from tests.pack.synthetic import expected_codes, expected_view
 
 ROWS = [row for row in range(12) if row != 4]
@@ -21,7 +22,7 @@ ROWS = [row for row in range(12) if row != 4]
 def read(pack: Pack, view: str, numbers: list[int]) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
     codes = np.empty((len(numbers), pack.code_bytes), dtype=np.uint8)
     views = np.empty((len(numbers), pack.side_px, pack.side_px, 3), dtype=np.uint8)
-    pack.sample_reader().read(view, np.array(numbers), codes, views)
+    pack.sample_reader().read(Part(view, np.array(numbers), np.arange(len(numbers))), codes, views)
     return codes, views
 
 
@@ -34,6 +35,19 @@ def test_samples_are_those_that_were_packed(whole_pack: Pack) -> None:
         row = ROWS[number]
         assert np.array_equal(codes[place], np.concatenate(expected_codes("v001", row, whole_pack.targets)))
         assert np.array_equal(views[place], expected_view("v001", row, whole_pack.side_px))
+
+
+def test_two_parts_fill_the_rows_they_name(whole_pack: Pack) -> None:
+    codes = np.empty((5, whole_pack.code_bytes), dtype=np.uint8)
+    views = np.empty((5, whole_pack.side_px, whole_pack.side_px, 3), dtype=np.uint8)
+    reader = whole_pack.sample_reader()
+
+    reader.read(Part("v001", np.array([3, 0]), np.array([4, 0])), codes, views)
+    reader.read(Part("v000", np.array([7, 3, 3]), np.array([1, 2, 3])), codes, views)
+
+    for place, (view, number) in enumerate([("v001", 0), ("v000", 7), ("v000", 3), ("v000", 3), ("v001", 3)]):
+        assert np.array_equal(codes[place], np.concatenate(expected_codes(view, ROWS[number], whole_pack.targets)))
+        assert np.array_equal(views[place], expected_view(view, ROWS[number], whole_pack.side_px))
 
 
 def test_raw_samples_are_the_members_themselves(whole_pack: Pack) -> None:
@@ -133,7 +147,7 @@ def test_few_tars_stay_open(whole_pack: Pack, monkeypatch: pytest.MonkeyPatch) -
     views = np.empty((22, 8, 8, 3), dtype=np.uint8)
 
     for view in ("v000", "v001"):
-        reader.read(view, np.array([*range(11), *range(11)]), codes, views)
+        reader.read(Part(view, np.array([*range(11), *range(11)]), np.arange(22)), codes, views)
 
     assert len(reader._tars) == 2
     reader.close()

@@ -1,4 +1,4 @@
-"""The teacher: a frozen timm ViT, its identity, and a function from uint8 views to named targets.
+"""The teacher: a frozen timm ViT, its identity, and a function from views to named targets.
 
 Target names: `cls` (CLS token after the final norm), `patch` (patch tokens after it), `block.N` (CLS and
 patch tokens after 0-based block N, final norm applied) and `block.N.raw` (the same without the norm).
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from proteus_cache.errors import UsageError
+from proteus_cache.pixels import channel_values, normalise
 from proteus_cache.teachers.backbone import TokenModel
 from proteus_cache.teachers.identity import TeacherIdentity
 
@@ -72,8 +73,8 @@ class Teacher:
         self._device = torch.device(device)
         self._precision: Precision = precision
         self._model.to(self._device)
-        self._mean = _channels(self.identity.mean, self._device)
-        self._std = _channels(self.identity.std, self._device)
+        self._mean = channel_values(self.identity.mean, self._device)
+        self._std = channel_values(self.identity.std, self._device)
         return self
 
     def target_shape(self, name: str) -> tuple[int, ...]:
@@ -91,7 +92,8 @@ class Teacher:
         """What the teacher says of a batch of views, from one forward.
 
         Args:
-            views: (B, H, W, 3) uint8 on any device; pinned memory is copied asynchronously. Normalised there.
+            views: (B, H, W, 3) on any device; pinned memory is copied asynchronously. uint8 is normalised there,
+                floating point taken as normalised.
             names: targets, each once or more.
 
         Returns:
@@ -150,17 +152,16 @@ class Teacher:
         return _block_of(name, self.identity.name, self.identity.depth)
 
     def _normalise(self, views: Tensor) -> Tensor:
-        """(B, H, W, 3) uint8 -> (B, 3, H, W) float32 on the device: divided by 255, minus mean, over std."""
+        """(B, H, W, 3) -> (B, 3, H, W) float32 on the device, contiguous."""
         patch_px = self.identity.patch_px
         height, width = (count * patch_px for count in self._patch_grid)
-        if views.dtype != torch.uint8 or views.ndim != 4 or views.shape[1:] != (height, width, 3):
+        is_known = views.dtype == torch.uint8 or views.is_floating_point()
+        if not is_known or views.ndim != 4 or views.shape[1:] != (height, width, 3):
             raise UsageError(
-                f"{self.identity.name} takes views (B, {height}, {width}, 3) uint8, "
+                f"{self.identity.name} takes views (B, {height}, {width}, 3) uint8, or normalised floating point, "
                 f"got {tuple(views.shape)} {str(views.dtype).removeprefix('torch.')}"
             )
-        on_device = views.to(self._device, non_blocking=True).permute(0, 3, 1, 2)
-        pixels = on_device.to(torch.float32, memory_format=torch.contiguous_format)
-        return pixels.div_(255).sub_(self._mean).div_(self._std)
+        return normalise(views.to(self._device, non_blocking=True), self._mean, self._std).contiguous()
 
     @contextmanager
     def _arithmetic(self) -> Iterator[None]:
@@ -208,7 +209,3 @@ def _without_tf32() -> Iterator[None]:
         yield
     finally:
         matmul.allow_tf32, cudnn.allow_tf32 = before
-
-
-def _channels(values: tuple[float, float, float], device: torch.device) -> Tensor:
-    return torch.tensor(values, dtype=torch.float32, device=device).reshape(1, 3, 1, 1)

@@ -7,6 +7,7 @@ carries the digest of its tensors and is checked against it.
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import logging
@@ -17,7 +18,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -31,6 +32,8 @@ Fit: TypeAlias = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 
 _log = logging.getLogger(__name__)
 _PICKLES = (".pth", ".pt", ".bin")
+_NESTED = ("model", "state_dict")
+"""Where training checkpoints hold the weights."""
 _DIGEST_KEY = "proteus_cache_state_sha256"
 _SAFETENSORS_DTYPE = {
     torch.float32: "F32",
@@ -112,6 +115,27 @@ def load_weights(path: Path, home: Path, fit: Fit) -> LoadedWeights:
     return _load_safetensors(converted, fit)
 
 
+def read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a weights file as it names them, and its metadata; nothing is converted or written.
+
+    A training checkpoint that holds its weights under `model` or `state_dict` gives those. Beside plain data its pickle
+    may hold the program's arguments (argparse.Namespace, which runs no code): released Proteus checkpoints do.
+
+    Raises:
+        WeightsError: no such file, another kind of file, or a pickle with code.
+    """
+    if not path.is_file():
+        raise WeightsError(f"{path}: no such weights file; pass a .safetensors or .pth file")
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path), read_metadata(path)
+    if path.suffix not in _PICKLES:
+        raise WeightsError(f"{path}: not a weights file by its name; pass a .safetensors or .pth file")
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        loaded = _load_pickle(path, str(path))
+    nested = [loaded[name] for name in _NESTED if isinstance(loaded, dict) and isinstance(loaded.get(name), dict)]
+    return _plain_state(nested[0] if nested else loaded, str(path)), {}
+
+
 def read_metadata(path: Path) -> dict[str, str]:
     """The metadata of a safetensors file.
 
@@ -166,18 +190,21 @@ def _first(names: list[str]) -> str:
 
 def _load_safetensors(path: Path, fit: Fit) -> LoadedWeights:
     metadata = read_metadata(path)
-    try:
-        with safe_open(path, framework="pt") as file:
-            raw = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
-    except (SafetensorError, OSError) as error:
-        raise WeightsError(
-            f"{path}: not a readable safetensors file ({_line(error)}); copy or fetch it again"
-        ) from error
-    state = _fitted(raw, str(path), fit)
+    state = _fitted(_read_safetensors(path), str(path), fit)
     sha256 = state_digest(state)
     if metadata.get(_DIGEST_KEY, sha256) != sha256:
         raise ChecksumError(f"{path}: damaged (its tensors are not those that were written); remove it and run again")
     return LoadedWeights(state, sha256, metadata)
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(
+            f"{path}: not a readable safetensors file ({_line(error)}); copy or fetch it again"
+        ) from error
 
 
 def _fitted(raw: dict[str, Tensor], shown: str, fit: Fit) -> dict[str, Tensor]:
@@ -204,10 +231,14 @@ def convert_pickle(path: Path, converted: Path, fit: Fit, shown: str) -> LoadedW
 
 
 def _unpickle(path: Path, shown: str) -> dict[str, Tensor]:
+    return _plain_state(_load_pickle(path, shown), shown)
+
+
+def _load_pickle(path: Path, shown: str) -> Any:  # Any: whatever it holds; `_plain_state` checks it
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's advice on pickle protocols is no news to a user
-            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         raise WeightsError(
             f"{shown}: refused, its pickle holds something other than plain tensors (possibly code to run): "
@@ -218,6 +249,9 @@ def _unpickle(path: Path, shown: str) -> dict[str, Tensor]:
             f"{shown}: not a readable PyTorch weights file ({type(error).__name__}: {_line(error)}); copy or fetch it "
             "again"
         ) from error
+
+
+def _plain_state(loaded: object, shown: str) -> dict[str, Tensor]:
     if not isinstance(loaded, dict) or not all(isinstance(name, str) for name in loaded):
         raise WeightsError(f"{shown}: holds a {type(loaded).__name__}, not a state dict (name -> tensor)")
     other = sorted(name for name, value in loaded.items() if not isinstance(value, Tensor))

@@ -1,7 +1,8 @@
 """Make one view: read, draw, render, encode, decode again, and write down how.
 
 What comes back is all that a store needs: the view's bytes, the pixels that those bytes decode to (they are
-what the teacher sees), their digest, and the sample document that lies beside the view.
+what the teacher sees), their digest, and the sample document that lies beside the view. A fresh view is made by the
+same recipe and never stored.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from proteus_cache.documents import Document
 from proteus_cache.errors import at
 from proteus_cache.views.encode import decode_view, digest_pixels, encode_view
 from proteus_cache.views.recipe import Recipe, draw_recipe
-from proteus_cache.views.render import render
+from proteus_cache.views.render import Values, render, render_normalised
 from proteus_cache.views.source import Source, read_source
 from proteus_cache.views.spec import ViewSpec
 
@@ -96,6 +97,28 @@ def make_view(path: Path, relative_path: str, key: str, label: int | None, view:
             recipe=recipe,
         )
         return View(data, pixels, digest, source.sha256, sample.sealed())
+
+
+def make_fresh_view(path: Path, key: str, view: str, spec: ViewSpec) -> tuple[Values, int]:
+    """Read an image and make one view of it that is not stored: nothing is encoded, and erased after normalising.
+
+    Args:
+        path: the file.
+        key: its sample key.
+        view: `v000`, `v001`, ... or `probe`.
+        spec: how views are made; the format does not matter.
+
+    Returns:
+        (H, W, 3) float32, normalised, and the bytes read.
+
+    Raises:
+        BadImageError: the image cannot become a view.
+        StorageError: the file cannot be read.
+    """
+    source = read_source(path)
+    with at(key=key, view=view):
+        recipe = draw_recipe(spec, key, view, source.width, source.height)
+        return render_normalised(source.image, recipe, spec), source.n_bytes
 
 
 def _record(source: Source) -> SourceRecord:

@@ -3,8 +3,9 @@
 The ops are Pillow's, called with explicit arguments exactly as timm calls them (tests compare each with
 timm's function, pixel by pixel), so a worker that renders needs neither timm nor torch in its memory.
 
-Deviation from timm: erasing fills a box of the uint8 view with normal noise of the pixel mean and standard
-deviation, clipped to 0..255, where timm fills the normalised float tensor without a bound.
+timm erases the normalised float tensor: its noise has no bound. So does `render_normalised`, whose views are never
+stored. Deviation of stored views, from `render`: the same noise, times the pixel standard deviation, plus the mean,
+rounded and clipped to 0..255.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import lru_cache
 from statistics import NormalDist
-from typing import Final, TypeAlias
+from typing import Final, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +23,7 @@ from proteus_cache.views.recipe import Erasing, Op, OpName, Recipe
 from proteus_cache.views.spec import ViewSpec
 
 Pixels: TypeAlias = NDArray[np.uint8]
+Values: TypeAlias = NDArray[np.float32]
 Colour: TypeAlias = tuple[int, int, int]
 
 _BICUBIC = Image.Resampling.BICUBIC
@@ -42,16 +44,43 @@ def render(image: Image.Image, recipe: Recipe, spec: ViewSpec) -> Pixels:
     Raises:
         ValueError: the recipe was drawn for an image of another size.
     """
+    pixels = _render_whole(image, recipe, spec)
+    if recipe.erasing:
+        erase(pixels, recipe.erasing, spec.mean, spec.std)
+    return pixels
+
+
+def render_normalised(image: Image.Image, recipe: Recipe, spec: ViewSpec) -> Values:
+    """The view that `recipe` describes, normalised before a box of it is erased, as the published training does.
+
+    Args:
+        image: the source, mode RGB; left as it is.
+        recipe: drawn for this image's size.
+        spec: size, mean and standard deviation are used.
+
+    Returns:
+        (H, W, 3) float32, contiguous and writable: pixels over 255, minus mean, over standard deviation.
+
+    Raises:
+        ValueError: the recipe was drawn for an image of another size.
+    """
+    pixels = _render_whole(image, recipe, spec)
+    table = _normal_table(spec.mean, spec.std)
+    values: Values = np.stack([table[channel][pixels[..., channel]] for channel in range(3)], axis=-1)
+    if recipe.erasing:
+        erase_normalised(values, recipe.erasing)
+    return values
+
+
+def _render_whole(image: Image.Image, recipe: Recipe, spec: ViewSpec) -> Pixels:
+    """The view with nothing erased."""
     view = _resize(image, recipe, spec.size_px)
     if recipe.flip:
         view = view.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     fill = fill_colour(spec.mean)
     for op in recipe.ops:
         view = apply_op(view, op, fill)
-    pixels: Pixels = np.array(view)
-    if recipe.erasing:
-        erase(pixels, recipe.erasing, spec.mean, spec.std)
-    return pixels
+    return np.array(view)
 
 
 def fill_colour(mean: tuple[float, float, float]) -> Colour:
@@ -77,23 +106,57 @@ def erase(pixels: Pixels, erasing: Erasing, mean: tuple[float, ...], std: tuple[
     normal distribution with the channel's mean and standard deviation, times 255, rounded and clipped to
     0..255.
     """
+    levels = _noise_levels(erasing)
+    table = _noise_table(mean, std)
+    area = _erased(pixels, erasing)
+    for channel in range(3):
+        area[..., channel] = table[channel][levels[..., channel]]
+
+
+def erase_normalised(values: Values, erasing: Erasing) -> None:
+    """Fill the box of a normalised view with the same noise in place, but with mean 0 and standard deviation 1, neither
+    rounded nor clipped."""
+    _erased(values, erasing)[...] = _quantiles()[_noise_levels(erasing)]
+
+
+_Array = TypeVar("_Array", Pixels, Values)
+
+
+def _erased(view: _Array, erasing: Erasing) -> _Array:
+    """The part of a view that is erased."""
+    box = erasing.box
+    return view[box.top : box.top + box.height, box.left : box.left + box.width]
+
+
+def _noise_levels(erasing: Erasing) -> NDArray[np.uint16]:
+    """(height, width, 3) 16-bit numbers of the box."""
     box = erasing.box
     n = box.height * box.width * 3
     words = np.random.Philox(key=erasing.seed).random_raw((n + 3) // 4)
-    levels = words.astype("<u8", copy=False).view("<u2")[:n].reshape(box.height, box.width, 3)
-    table = _noise_table(mean, std)
-    area = pixels[box.top : box.top + box.height, box.left : box.left + box.width]
-    for channel in range(3):
-        area[..., channel] = table[channel][levels[..., channel]]
+    levels: NDArray[np.uint16] = words.astype("<u8", copy=False).view("<u2")[:n].reshape(box.height, box.width, 3)
+    return levels
+
+
+@lru_cache(maxsize=1)
+def _quantiles() -> NDArray[np.float64]:
+    """(65536,): the quantile of the standard normal distribution that each 16-bit number stands for."""
+    inverse = NormalDist().inv_cdf
+    return np.array([inverse((level + 0.5) / _LEVELS) for level in range(_LEVELS)])
 
 
 @lru_cache(maxsize=4)
 def _noise_table(mean: tuple[float, ...], std: tuple[float, ...]) -> Pixels:
     """(3, 65536) uint8: what each 16-bit number stands for in each channel."""
-    inverse = NormalDist().inv_cdf
-    quantiles = np.array([inverse((level + 0.5) / _LEVELS) for level in range(_LEVELS)])
-    values = (quantiles * np.array(std)[:, None] + np.array(mean)[:, None]) * 255
+    values = (_quantiles() * np.array(std)[:, None] + np.array(mean)[:, None]) * 255
     table: Pixels = np.clip(np.rint(values), 0, 255).astype(np.uint8)
+    return table
+
+
+@lru_cache(maxsize=4)
+def _normal_table(mean: tuple[float, ...], std: tuple[float, ...]) -> Values:
+    """(3, 256) float32: the normalised value of each level of each channel, as `pixels.normalise` computes it."""
+    levels = np.arange(256, dtype=np.float32) / np.float32(255)
+    table: Values = (levels - np.array(mean, np.float32)[:, None]) / np.array(std, np.float32)[:, None]
     return table
 
 

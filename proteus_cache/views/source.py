@@ -41,6 +41,8 @@ class Source:
     """64 hex digits of the file's bytes."""
     width: int
     height: int
+    n_bytes: int
+    """Of the file."""
 
 
 def read_source(path: Path) -> Source:
@@ -52,7 +54,7 @@ def read_source(path: Path) -> Source:
     """
     data = _read(path)
     image = _decode(data, path)
-    return Source(image, hashlib.sha256(data).hexdigest(), image.width, image.height)
+    return Source(image, hashlib.sha256(data).hexdigest(), image.width, image.height, len(data))
 
 
 def _read(path: Path) -> bytes:

@@ -12,9 +12,8 @@ from typing import Any
 
 import pytest
 
-from proteus_cache import open_cache
+from proteus_cache import open_cache, workers
 from proteus_cache.cache.verify import verify_cache
-from proteus_cache.extract import rendering
 from proteus_cache.extract.config import ExtractConfig
 from proteus_cache.extract.rendering import Job, render_jobs
 from proteus_cache.views.spec import ViewSpec
@@ -78,10 +77,13 @@ def test_a_worker_killed_while_it_looks_at_the_end_does_not_hold_it_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     events: list[Any] = []
-    make_event = rendering._WorkerContext.Event
-    monkeypatch.setattr(
-        rendering._WorkerContext, "Event", lambda context: events.append(make_event(context)) or events[-1]
-    )
+    make_event = workers._WorkerContext.Event
+
+    def remember(context: Any) -> Any:
+        events.append(make_event(context))
+        return events[-1]
+
+    monkeypatch.setattr(workers._WorkerContext, "Event", remember)
     folder = make_images(tmp_path / "images", 2)
     files = sorted(folder.rglob("*.JPEG"))
     spec = ViewSpec(augment="deit", size_px=16)

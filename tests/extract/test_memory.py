@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from proteus_cache import workers
 from proteus_cache.cache.verify import verify_cache
 from proteus_cache.errors import ProteusCacheError, SpaceError
 from proteus_cache.extract import rendering
@@ -98,17 +99,17 @@ def test_views_travel_by_pipe_where_shared_memory_gives_out(tmp_path: Path, monk
         raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
 
     pixels = np.zeros((1, 2, 2, 3), dtype=np.uint8)
-    assert isinstance(rendering._shared(pixels), Tensor)
+    assert isinstance(workers.shared(pixels), Tensor)
     monkeypatch.setattr(Tensor, "share_memory_", full)
 
-    assert rendering._shared(pixels) is pixels
+    assert workers.shared(pixels) is pixels
 
 
 def test_views_by_pipe_are_the_same_and_it_is_said_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     plain = make_cache(tmp_path / "plain")
-    monkeypatch.setattr(rendering, "_shared_memory_suffices", lambda _: False)
+    monkeypatch.setattr(rendering, "shared_memory_suffices", lambda _: False)
 
     with caplog.at_level(logging.WARNING):
         piped = make_cache(tmp_path / "piped", workers=2)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from proteus_cache.errors import UsageError
+from proteus_cache.pixels import channel_values, normalise
 from proteus_cache.teachers.dinov2_models import Dinov2Architecture
 from proteus_cache.teachers.registry import load_teacher
 from proteus_cache.teachers.teacher import Precision, Teacher
@@ -115,9 +116,20 @@ def test_unknown_target_names_those_there_are(teacher: Teacher, views: Tensor, n
         teacher.targets(views, ["cls", name])
 
 
+def test_normalised_views_are_taken_as_they_are(teacher: Teacher, views: Tensor) -> None:
+    identity = teacher.identity
+    mean, std = (channel_values(values) for values in (identity.mean, identity.std))
+    pixels = normalise(views, mean, std).permute(0, 2, 3, 1)
+
+    for name, target in teacher.targets(pixels, NAMES).items():
+        assert torch.equal(target, teacher.targets(views, NAMES)[name])
+    shifted = teacher.targets(pixels + 0.1, ["cls"])["cls"]
+    assert not torch.allclose(shifted, teacher.targets(views, ["cls"])["cls"], atol=1e-3)
+
+
 def test_views_of_another_size_or_type_are_refused(teacher: Teacher, views: Tensor) -> None:
-    for wrong in (views[:, :14], views.float(), views[0], views.permute(0, 3, 1, 2)):
-        with pytest.raises(UsageError, match=r"takes views \(B, 28, 28, 3\) uint8, got"):
+    for wrong in (views[:, :14], views.int(), views[0], views.permute(0, 3, 1, 2)):
+        with pytest.raises(UsageError, match=r"takes views \(B, 28, 28, 3\) uint8, or normalised floating point, got"):
             teacher.targets(wrong, ["cls"])
 
 

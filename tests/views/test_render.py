@@ -16,7 +16,7 @@ from torchvision.transforms import functional as tv
 from torchvision.transforms.transforms import CenterCrop, Resize
 
 from proteus_cache.views.recipe import OP_NAMES, Box, Erasing, OpName, Recipe, draw_recipe, resolve_op
-from proteus_cache.views.render import apply_op, erase, fill_colour, render
+from proteus_cache.views.render import apply_op, erase, erase_normalised, fill_colour, render, render_normalised
 from proteus_cache.views.spec import ViewSpec
 
 SPEC = ViewSpec()
@@ -246,3 +246,66 @@ def test_rendering_draws_from_no_global_generator() -> None:
     after = np.random.get_state(legacy=True)
     assert repr(after) == repr(before[0])
     assert torch.equal(torch.get_rng_state(), before[1])
+
+
+def test_a_normalised_view_is_the_view_as_torchvision_normalises_it() -> None:
+    image, spec = picture(200, 150), ViewSpec(size_px=48, mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.3))
+    drawn = (draw_recipe(spec, "key", f"v{number:03d}", 200, 150) for number in range(60))
+    recipe = next(recipe for recipe in drawn if recipe.erasing is None)
+
+    values = render_normalised(image, recipe, spec)
+
+    expected = tv.normalize(tv.to_tensor(render(image, recipe, spec)), list(spec.mean), list(spec.std))
+    np.testing.assert_allclose(values, expected.permute(1, 2, 0).numpy(), atol=1e-6)
+    assert values.dtype == np.float32
+    assert values.flags.c_contiguous
+    assert values.flags.writeable
+
+
+def test_a_normalised_view_is_erased_after_normalising_and_nowhere_else() -> None:
+    image, spec = picture(200, 150), ViewSpec(size_px=48)
+    drawn = (draw_recipe(spec, "key", f"v{number:03d}", 200, 150) for number in range(60))
+    recipe = next(recipe for recipe in drawn if recipe.erasing is not None)
+    assert recipe.erasing is not None
+
+    values = render_normalised(image, recipe, spec)
+
+    whole = render_normalised(image, recipe.model_copy(update={"erasing": None}), spec)
+    box = recipe.erasing.box
+    inside = np.zeros(values.shape[:2], bool)
+    inside[box.top : box.top + box.height, box.left : box.left + box.width] = True
+    assert np.array_equal(values[~inside], whole[~inside])
+    assert (values[inside] != whole[inside]).mean() > 0.99
+
+
+def test_noise_of_a_normalised_view_is_standard_normal_and_has_no_bound() -> None:
+    """As timm's RandomErasing in mode "pixel": each channel of each pixel for itself."""
+    values = np.zeros((96, 96, 3), np.float32)
+    erase_normalised(values, Erasing(box=Box(left=0, top=0, width=96, height=96), seed=5))
+
+    assert abs(values.mean()) < 3 / values.size**0.5
+    assert abs(values.std() - 1) < 3 / (2 * values.size) ** 0.5
+    assert values.min() < -3.3  # below what black is for any of the usual teachers
+    assert values.max() > 3.3
+    correlation = np.corrcoef(values.reshape(-1, 3).T)
+    assert np.abs(correlation - np.eye(3)).max() < 4 / 96
+
+
+def test_stored_noise_is_that_of_normalised_views_rounded_and_clipped() -> None:
+    box = Box(left=0, top=0, width=64, height=64)
+    values = np.zeros((64, 64, 3), np.float32)
+    erase_normalised(values, Erasing(box=box, seed=11))
+
+    unbounded = (values.astype(np.float64) * np.array(SPEC.std) + np.array(SPEC.mean)) * 255
+
+    expected = np.clip(np.rint(unbounded), 0, 255).astype(np.uint8)
+    assert (erased(11, box) != expected).mean() < 1e-3  # float32 against float64 where a half is rounded
+    assert np.abs(erased(11, box).astype(int) - expected).max() <= 1
+
+
+def test_normalised_noise_is_pinned() -> None:
+    """A resumed run must see the same, with any numpy and on any machine."""
+    values = np.zeros((63, 63, 3), np.float32)
+    erase_normalised(values, Erasing(box=Box(left=0, top=0, width=63, height=63), seed=2**53 - 1))
+
+    assert hashlib.sha256(values.astype("<f4").tobytes()).hexdigest()[:16] == "64e9ef72ab64b5cd"

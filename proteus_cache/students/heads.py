@@ -1,37 +1,55 @@
 """The heads between student and teacher width, thrown away after training.
 
 Each is LayerNorm (PyTorch's eps 1e-5, unlike the backbone's 1e-6) and a Linear with bias, with PyTorch's own
-initialisation; used even when the widths are equal.
+initialisation; used even when the widths are equal. A block target of the optional block loss has a head of its own.
 """
 
 from __future__ import annotations
+
+import hashlib
 
 import torch
 from torch import nn
 
 HEAD_NAMES = ("token", "feature", "patch")
+"""Those of Proteus, in its order."""
+NORM_EPS = 1e-5
 
 
 class Heads(nn.ModuleDict):
-    """The heads that a run trains, by name: `token`, `feature`, `patch`, or some of them."""
+    """The heads that a run trains, by name: `token`, `feature`, `patch`, or some of them, and those of blocks."""
 
 
-def build_heads(names: tuple[str, ...], *, student_width: int, teacher_width: int, seed: int) -> Heads:
+def block_head(target: str) -> str:
+    """Name of a block target's head: `block_9_raw` for `block.9.raw`, since modules have no dots in their names."""
+    return target.replace(".", "_")
+
+
+def build_heads(
+    names: tuple[str, ...], *, student_width: int, teacher_width: int, seed: int, norm_eps: float = NORM_EPS
+) -> Heads:
     """Freshly initialised heads.
 
     Args:
-        names: which of `HEAD_NAMES`.
+        names: which of `HEAD_NAMES`, and names that `block_head` gave.
         student_width: D of the student's tokens.
         teacher_width: D of the targets.
         seed: fixes every value; each head has its own stream, so leaving one out changes no other.
+        norm_eps: of their LayerNorm.
 
     Source: BeSpontaneous/Proteus-pytorch models_proteus_dinov2, MetaArch.__init__.
     """
     heads = Heads()
-    for name in HEAD_NAMES:
-        if name not in names:
-            continue
+    own = tuple(name for name in HEAD_NAMES if name in names)
+    for name in own + tuple(name for name in names if name not in HEAD_NAMES):
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed * len(HEAD_NAMES) + HEAD_NAMES.index(name) + 1)
-            heads[name] = nn.Sequential(nn.LayerNorm(student_width), nn.Linear(student_width, teacher_width))
+            torch.manual_seed(_seed_of(name, seed))
+            norm = nn.LayerNorm(student_width, eps=norm_eps)
+            heads[name] = nn.Sequential(norm, nn.Linear(student_width, teacher_width))
     return heads
+
+
+def _seed_of(name: str, seed: int) -> int:
+    if name in HEAD_NAMES:
+        return seed * len(HEAD_NAMES) + HEAD_NAMES.index(name) + 1
+    return int.from_bytes(hashlib.blake2b(f"head {name} {seed}".encode(), digest_size=7).digest(), "little")

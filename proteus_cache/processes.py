@@ -15,8 +15,10 @@ import multiprocessing.resource_tracker
 import os
 import signal
 import socket
+import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -48,26 +50,32 @@ def rank_from_environment() -> Worker | None:
 def worker_from_environment() -> Worker | None:
     """The share of the units that a launcher gave this process, or None outside a launcher.
 
-    Read in this order: the rank, as above; SLURM_ARRAY_TASK_ID (counted from SLURM_ARRAY_TASK_MIN) and
-    SLURM_ARRAY_TASK_COUNT; SLURM_PROCID and SLURM_NTASKS (only inside `srun`). Tasks of a SLURM array share nothing,
-    so they can extract together but not train together.
+    Read in this order: the rank, as above; the task of a SLURM array (SLURM_ARRAY_TASK_ID, counted from
+    SLURM_ARRAY_TASK_MIN, and SLURM_ARRAY_TASK_COUNT) with the process of `srun` in it (SLURM_PROCID and SLURM_NTASKS);
+    that process alone. Tasks of a SLURM array share nothing, so they can extract together but not train together.
     """
     environment = os.environ
     rank = rank_from_environment()
     if rank is not None:
         return rank
+    index, count = _process_of_step()
     if "SLURM_ARRAY_TASK_ID" in environment and "SLURM_ARRAY_TASK_COUNT" in environment:
-        first = int(environment.get("SLURM_ARRAY_TASK_MIN", "0"))
-        return _worker(int(environment["SLURM_ARRAY_TASK_ID"]) - first, environment["SLURM_ARRAY_TASK_COUNT"])
-    if "SLURM_STEP_ID" in environment and int(environment.get("SLURM_NTASKS", "1")) > 1:
-        return _worker(environment["SLURM_PROCID"], environment["SLURM_NTASKS"])
-    return None
+        task = int(environment["SLURM_ARRAY_TASK_ID"]) - int(environment.get("SLURM_ARRAY_TASK_MIN", "0"))
+        return _worker(task * count + index, int(environment["SLURM_ARRAY_TASK_COUNT"]) * count)
+    return _worker(index, count) if count > 1 else None
+
+
+def _process_of_step() -> tuple[int, int]:
+    """Which process of how many `srun` started; (0, 1) outside of it."""
+    if "SLURM_STEP_ID" not in os.environ or int(os.environ.get("SLURM_NTASKS", "1")) < 2:
+        return 0, 1
+    return int(os.environ["SLURM_PROCID"]), int(os.environ["SLURM_NTASKS"])
 
 
 def speaks(worker: Worker | None) -> bool:
-    """Whether a worker shows plan and progress: the first of those that share a log, and each task of a SLURM array."""
+    """Whether a worker shows plan and progress: the first of those that share a log, as in a task of an array."""
     in_array = rank_from_environment() is None and "SLURM_ARRAY_TASK_ID" in os.environ
-    return worker is None or worker.index == 0 or in_array
+    return worker is None or worker.index == 0 or (in_array and _process_of_step()[0] == 0)
 
 
 def _worker(index: str | int, count: str | int) -> Worker:
@@ -204,7 +212,28 @@ def _run_rank(rank: int, count: int, port: int, target: Callable[..., None], arg
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
-    target(*args)
+    try:
+        target(*args)
+    except SystemExit as leaving:
+        leave_rank(leaving.code)
+    except BaseException:
+        traceback.print_exc()
+        leave_rank(1)
+
+
+def leave_rank(code: object) -> None:
+    """End this process at once when it is a rank that failed; return otherwise.
+
+    The usual end of Python takes apart what ranks share, and waits for ranks that may be gone.
+
+    Args:
+        code: of a SystemExit.
+    """
+    failed = code not in (None, 0)
+    if failed and rank_from_environment() is not None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code if isinstance(code, int) else 1)
 
 
 def _wait(ranks: list[multiprocessing.context.SpawnProcess], heard: list[int], patience_s: float) -> int:

@@ -249,11 +249,19 @@ def read_bytes(path: Path, limit: int) -> bytes:
     return data
 
 
-def sha256_of(path: Path) -> tuple[int, str]:
-    """Size in bytes and SHA-256 (64 hex digits) of a file."""
+def sha256_of(path: Path, *, from_disk: bool = False) -> tuple[int, str]:
+    """Size in bytes and SHA-256 (64 hex digits) of a file.
+
+    Args:
+        path: of the file.
+        from_disk: it was synced: have the system forget its copy in memory first (where it can be told to), so that
+            the bytes are those of the disk.
+    """
     digest = hashlib.sha256()
     size = 0
     with _reported("read", path), open(path, "rb", buffering=0) as file:
+        if from_disk and hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         buffer = bytearray(_READ_BYTES)
         view = memoryview(buffer)
         while count := file.readinto(buffer):

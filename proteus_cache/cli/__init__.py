@@ -12,6 +12,11 @@ def main() -> NoReturn:
         from proteus_cache.cli.app import app
 
         app(prog_name="proteus-cache")
+    except SystemExit as leaving:
+        from proteus_cache.processes import leave_rank
+
+        leave_rank(leaving.code)
+        raise
     except KeyboardInterrupt:
         forget_interruption()
         sys.stderr.write("proteus-cache: interrupted; nothing was begun\n")

@@ -12,17 +12,22 @@ import typer
 from proteus_cache.cli import complete, ranks, settings, terminal
 
 if TYPE_CHECKING:
+    from proteus_cache.plan.training import TrainPlan
     from proteus_cache.train.config import TrainConfig
     from proteus_cache.train.progress import Progress, Rates
 
 _FIELDS = (
-    *("student", "data", "out", "epochs", "max_steps", "batch_size", "lr", "workers", "precision", "device", "seed"),
-    "checkpoint_every",
+    *("student", "data", "out", "init", "epochs", "max_steps", "batch_size", "repeats", "lr", "seed"),
+    *("live", "teacher", "images", "size_px"),
+    *("workers", "precision", "device", "compile", "checkpoint_every"),
 )
+_LIVE_FIELDS = {"weights": "teacher_weights", "size": "size_px"}
+"""Flags whose setting has another name in a config file, where it stands beside those of the student."""
 _PATIENCE_S = 120.0
 """Several processes stop where they meet, up to `log_every` steps on, and then write a checkpoint."""
 _WHAT = "Student and data"
 _RECIPE = "Recipe"
+_LIVE = "Live teacher"
 _MACHINE = "Machine"
 _RUN = "Run"
 
@@ -73,12 +78,56 @@ def train_command(
         float | None,
         typer.Option(help="Peak learning rate. Default: 5e-4 x batch / 512.", rich_help_panel=_RECIPE),
     ] = None,
+    init: Annotated[
+        Path | None,
+        typer.Option(
+            help="Start weights: a student, a DINOv2 or Proteus file, timm's. Default: random.", rich_help_panel=_RECIPE
+        ),
+    ] = None,
+    repeats: Annotated[
+        int | None,
+        typer.Option(
+            help="Views of an image in an epoch, which draws one image of as many. Default: 1; published: 3.",
+            rich_help_panel=_RECIPE,
+        ),
+    ] = None,
     seed: Annotated[
         int | None, typer.Option(help="Of initial weights, order and masks. Default: 0.", rich_help_panel=_RECIPE)
     ] = None,
     config: Annotated[
         Path | None,
         typer.Option(help="YAML file with these settings and all others of the recipe.", rich_help_panel=_RECIPE),
+    ] = None,
+    live: Annotated[
+        bool | None,
+        typer.Option(
+            "--live",
+            help="Run the teacher in every step, on fresh views of --images, or on stored ones (--replay).",
+            rich_help_panel=_LIVE,
+        ),
+    ] = None,
+    teacher: Annotated[
+        str | None,
+        typer.Option(help="Of a live run.", autocompletion=complete.teachers, rich_help_panel=_LIVE),
+    ] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(help="Its weights: a file, or random:SEED. Default: published ones.", rich_help_panel=_LIVE),
+    ] = None,
+    images: Annotated[
+        Path | None, typer.Option(help="Photographs. Default: PROTEUS_IMAGES.", rich_help_panel=_LIVE)
+    ] = None,
+    replay: Annotated[
+        Path | None,
+        typer.Option(
+            help="Stored views of this cache or pack, in its order, instead of fresh ones.",
+            autocompletion=complete.stores("pack", "cache"),
+            rich_help_panel=_LIVE,
+        ),
+    ] = None,
+    size: Annotated[
+        int | None,
+        typer.Option(help="Side of fresh views in pixels. Default: the teacher's.", rich_help_panel=_LIVE),
     ] = None,
     workers: Annotated[
         int | None,
@@ -106,6 +155,12 @@ def train_command(
             help="Processes: GPUs to use (default: all), or CPU processes with --device cpu.", rich_help_panel=_MACHINE
         ),
     ] = None,
+    compile_student: Annotated[
+        bool | None,
+        typer.Option(
+            "--compile", help="Compile the student: minutes first, faster steps then.", rich_help_panel=_MACHINE
+        ),
+    ] = None,
     checkpoint_every: Annotated[
         int | None, typer.Option(help="Steps between checkpoints. Default: 1000.", rich_help_panel=_RUN)
     ] = None,
@@ -123,14 +178,16 @@ def train_command(
     as_json: terminal.Json = False,
     quiet: terminal.Quiet = False,
 ) -> None:
-    """Train a student from a pack (a cache is packed first); no teacher runs.
+    """Train a student from a pack (a cache is packed first); no teacher runs, unless --live asks for one.
 
     Example: proteus-cache train --student vit_s14
     """
     flags = {name: value for name, value in locals().items() if name in _FIELDS}
+    flags |= {"teacher_weights": weights, "size_px": size, "compile": compile_student}
     given = _config_file(config)
     chosen = settings.merge(flags | {"gpus": gpus}, given)
     asked_gpus = chosen.pop("gpus", None)
+    _choose_views(chosen, data, replay)
     on_command_line = {name for name, value in flags.items() if value is not None}
     outcome = _run(chosen, asked_gpus, resume, yes, _Given(str(config or "train"), on_command_line))
     if _is_first():
@@ -149,10 +206,32 @@ def _config_file(path: Path | None) -> dict[str, Any]:
     section = given["train"]
     if not isinstance(section, dict):
         raise ConfigError(f"{path}: `train:` must hold `name: value` lines")
-    beside = sorted(given.keys() - {"train", "pack", "versions"})
+    beside = sorted(given.keys() - {"train", "pack", "live", "versions"})
     if beside:
         raise ConfigError(f"{path}: {beside[0]!r} stands beside the section `train:`; move it into the section")
     return {str(key).replace("-", "_"): value for key, value in section.items()}
+
+
+def _choose_views(chosen: dict[str, Any], data: Path | None, replay: Path | None) -> None:
+    """What a live run looks at: `--replay` fills in the pack, and images are found as `extract` finds them."""
+    from proteus_cache.errors import UsageError
+
+    if not chosen.get("live"):
+        only = [name for name in ("teacher", "weights", "images", "size") if chosen.get(_LIVE_FIELDS.get(name, name))]
+        if replay is not None:
+            raise UsageError("--replay is of a live run: add --live and --teacher, or give the pack with --data")
+        if only:
+            raise UsageError(f"--{only[0]} is of a live run: add --live, or leave it out to train from stored targets")
+        return
+    if data is not None:
+        raise UsageError("--data trains from stored targets; a live run takes --replay PACK, or --images DIR")
+    if replay is not None:
+        if chosen.get("images") is not None:
+            raise UsageError("--replay takes stored views, and --images fresh ones: give one of them")
+        chosen["data"] = replay
+    elif chosen.get("data") is None:
+        given = settings.folder(chosen.get("images"), "images")
+        chosen["images"] = settings.images(given, "train on").absolute()
 
 
 def _is_first() -> bool:
@@ -166,7 +245,9 @@ def _is_first() -> bool:
 def _run(chosen: dict[str, Any], gpus: Any, resume: bool, yes: bool, where: _Given) -> dict[str, Any]:
     from proteus_cache.errors import UsageError
     from proteus_cache.processes import rank_from_environment
+    from proteus_cache.teachers.registry import check_teacher_name
     from proteus_cache.train.config import config_from_mapping
+    from proteus_cache.train.start import with_init_digest
     from proteus_cache.workspace import find_training_data
 
     if chosen.get("student") is None:
@@ -176,13 +257,20 @@ def _run(chosen: dict[str, Any], gpus: Any, resume: bool, yes: bool, where: _Giv
     default_out = home / "runs" / settings.folder_name(str(chosen["student"]))
     chosen["out"] = settings.folder(chosen.get("out"), "out") or default_out
     given_data = settings.folder(chosen.get("data"), "data")
+    chosen["init"] = settings.folder(chosen.get("init"), "init")
     # Bad settings are refused before a long packing.
-    config_from_mapping(chosen | {"data": given_data or "."}, where.file, where.flags)
+    is_fresh = chosen.get("images") is not None
+    first = chosen if is_fresh else chosen | {"data": given_data or "."}
+    with_init_digest(config_from_mapping(first, where.file, where.flags))
+    if chosen.get("live"):
+        check_teacher_name(str(chosen["teacher"]))
     launched = rank_from_environment()
-    data = find_training_data(home, given_data)
-    if data.cache is not None:
-        _pack_first(data.cache, data.pack, launched)
-    config = config_from_mapping(chosen | {"data": data.pack}, where.file, where.flags)
+    if not is_fresh:
+        data = find_training_data(home, given_data)
+        if data.cache is not None:
+            _pack_first(data.cache, data.pack, launched)
+        chosen["data"] = data.pack
+    config = config_from_mapping(chosen, where.file, where.flags)
     _ask_to_replace(config, resume, yes)
     count = 1 if launched else ranks.count_of(config.device, gpus)
     if config.global_batch < count:
@@ -191,7 +279,8 @@ def _run(chosen: dict[str, Any], gpus: Any, resume: bool, yes: bool, where: _Giv
             "raise --batch-size or lower --gpus"
         )
     if _is_first():
-        terminal.note(_plan_lines(config, launched.count if launched else count, resume))
+        processes = launched.count if launched else count
+        terminal.note([*_plan_lines(config, processes), *_resume_lines(config, resume)])
     if count == 1:
         return _train(config, resume)
     try:
@@ -227,12 +316,19 @@ def _ask_to_replace(config: TrainConfig, resume: bool, yes: bool) -> None:
         terminal.confirm(f"{config.out}: replace {', '.join(replaced)} of a run that has no checkpoint?", yes)
 
 
-def _plan_lines(config: TrainConfig, processes: int, resume: bool) -> list[str]:
+def _plan_lines(config: TrainConfig, processes: int) -> list[str]:
+    """The plan; that of fresh views is known when the images are listed and the teacher is loaded."""
     from proteus_cache.train.planning import plan_training
 
+    if config.data is None:
+        return [f"teacher   {config.teacher}, live, on fresh views of {config.images}"]
     lines = plan_training(config, processes).lines()
+    return [*lines, f"teacher   {config.teacher}, live, on the stored views"] if config.live else lines
+
+
+def _resume_lines(config: TrainConfig, resume: bool) -> list[str]:
     steps = _checkpoint_steps(config) if resume else []
-    return [*lines, f"resumes   after step {steps[-1]:,}"] if steps else lines
+    return [f"resumes   after step {steps[-1]:,}"] if steps else []
 
 
 def _checkpoint_steps(config: TrainConfig) -> list[int]:
@@ -267,18 +363,24 @@ def _train(config: TrainConfig, resume: bool) -> dict[str, Any]:
             latest[:] = [at]
             update(at.step, at.n_steps, detail=_detail(at))
 
-        done = train(config, resume=resume, replace=True, progress=show)
+        on_plan = _note_plan if config.data is None else None
+        done = train(config, resume=resume, replace=True, home=settings.home(), on_plan=on_plan, progress=show)
     if latest:  # in the first process only
         terminal.note(_reading_line(latest[0].rates))
     return _outcome(config, done.stopped_by)
 
 
+def _note_plan(plan: TrainPlan) -> None:
+    terminal.note(plan.lines())
+
+
 def _detail(at: Progress) -> str:
-    """Beside the progress bar: rates and the loss."""
+    """Beside the progress bar: rates, the loss, and those after the last epoch."""
     from proteus_cache.plan.human import human_bytes, human_rate
 
     read = human_bytes(at.rates.gb_per_s_got * 1e9)
-    return f"{human_rate(at.rates.views_per_s)} views/s, {read}/s, loss {at.loss:.4g}"
+    measured = "".join(f", {kind.replace('_', ' ')} {loss:.4g}" for kind, loss in at.after_epoch.items())
+    return f"{human_rate(at.rates.views_per_s)} views/s, {read}/s, loss {at.loss:.4g}{measured}"
 
 
 def _reading_line(rates: Rates) -> str:
@@ -303,6 +405,7 @@ def _outcome(config: TrainConfig, stopped_by: str | None) -> dict[str, Any]:
         "stopped_by": stopped_by,
         "weights": summary["weights"],
         "last": summary["last_step"],
+        "after_epoch": summary["last_epoch"],
         "checkpoint": steps[-1] if steps else None,
     }
 
@@ -312,10 +415,22 @@ def _lines(outcome: dict[str, Any]) -> list[str]:
     if outcome["stopped_by"] is not None:
         kept = f"the checkpoint of step {outcome['checkpoint']:,} is kept" if outcome["checkpoint"] else "nothing kept"
         return [f"run {outcome['run']}: stopped by {outcome['stopped_by']}; {kept}"]
-    return [
+    lines = [
         f"run {outcome['run']}: step {last.get('step', 0):,}, loss {last.get('loss', float('nan')):.4g}; "
         f"wrote {', '.join(outcome['weights'])}"
     ]
+    return [*lines, *_gap_lines(outcome["after_epoch"])]
+
+
+def _gap_lines(after_epoch: dict[str, Any] | None) -> list[str]:
+    """The three losses and what they ask for."""
+    from proteus_cache.train.advice import advise
+
+    losses = {kind: after_epoch[kind] for kind in ("seen", "probe", "held_out") if after_epoch and after_epoch[kind]}
+    if not losses:
+        return []
+    stated = ", ".join(f"{kind.replace('_', '-')} {loss:.4g}" for kind, loss in losses.items())
+    return [f"losses after the last epoch: {stated} views", *(advice.text for advice in advise(losses))]
 
 
 def _next_step(outcome: dict[str, Any]) -> str:

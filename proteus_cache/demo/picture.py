@@ -96,6 +96,7 @@ def _inner(image: NDArray[np.uint8], margin: float) -> NDArray[np.uint8]:
 
 def _draw_losses(axes: Axes, metrics: Path) -> None:
     lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    lines = [line for line in lines if "loss" in line]  # those of epochs have other numbers
     steps = [line["step"] for line in lines]
     _style(axes)
     for name, colour in _LOSS_COLOURS.items():

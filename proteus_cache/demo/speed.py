@@ -7,8 +7,6 @@ spared what a live teacher really needs besides its forward: fresh views, decode
 from __future__ import annotations
 
 import statistics
-import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -22,7 +20,8 @@ from proteus_cache.train.devices import make_accelerator, resolve_device, resolv
 from proteus_cache.train.feed import DeviceBatch, DeviceFeed
 from proteus_cache.train.loop import n_readers, prepare_run
 from proteus_cache.train.source import n_patches
-from proteus_cache.train.steps import take_step
+from proteus_cache.train.speed import take_turns, timed_steps
+from proteus_cache.train.stored import StoredData
 
 ROUNDS: Final = 9
 """Turns of each arm that count; one more of each warms up."""
@@ -48,46 +47,37 @@ def compare_steps(config: TrainConfig, teacher: Teacher) -> StepSpeed:
         config: student, pack, batch and device; nothing is written.
         teacher: the one that made the pack; it is moved to the device.
     """
-    pack = open_pack(config.data)
+    pack = open_pack(config.pack_path)
     device = resolve_device(config)
     precision = resolve_precision(config, device)
     accelerator = make_accelerator(device, precision)
-    order = pack.training_order(seed=config.seed, batch_size=config.global_batch)
+    data = StoredData(config, pack)
+    order = data.order
     n_steps = 2 * (ROUNDS + 1) * STEPS_A_TURN
-    run = prepare_run(replace(config, epochs=1 + n_steps // order.steps_per_epoch), pack, order, accelerator, precision)
+    run = prepare_run(replace(config, epochs=1 + n_steps // order.steps_per_epoch), data, accelerator, precision)
     teacher.to(accelerator.device, precision)
-
-    def stored(part: DeviceBatch) -> dict[str, Tensor]:
-        decoded: dict[str, Tensor] = run.decoder(part.codes)
-        return decoded
 
     def live(part: DeviceBatch) -> dict[str, Tensor]:
         return teacher.targets(part.views, config.targets)
 
-    cached_s: list[float] = []
-    live_s: list[float] = []
     try:
         with open_loader(pack, order, first_step=0, last_step=n_steps, n_workers=n_readers(config, 1)) as loader:
             feed = iter(DeviceFeed(loader, run.config, n_patches(pack), accelerator.device))
-
-            def turn(targets_of: Callable[[DeviceBatch], dict[str, Tensor]]) -> float:
-                """Seconds of one arm's turn, reading included."""
-                began = time.perf_counter()
-                for _ in range(STEPS_A_TURN):
-                    losses = take_step(run, next(feed), targets_of)
-                losses.tolist()  # waits for a GPU
-                return time.perf_counter() - began
-
-            for _ in range(ROUNDS + 1):
-                cached_s.append(turn(stored))
-                live_s.append(turn(live))
+            seconds = take_turns(
+                {
+                    "cached": lambda: timed_steps(run, feed, data.targets_of, STEPS_A_TURN),
+                    "live": lambda: timed_steps(run, feed, live, STEPS_A_TURN),
+                },
+                ROUNDS,
+            )
     finally:
         accelerator.end_training()
-    ratios = [live_turn / cached_turn for cached_turn, live_turn in zip(cached_s[1:], live_s[1:], strict=True)]
+    cached_s, live_s = seconds["cached"], seconds["live"]
+    ratios = [live_turn / cached_turn for cached_turn, live_turn in zip(cached_s, live_s, strict=True)]
     n_views = STEPS_A_TURN * config.global_batch
     return StepSpeed(
-        cached_views_per_s=n_views / statistics.median(cached_s[1:]),
-        live_views_per_s=n_views / statistics.median(live_s[1:]),
+        cached_views_per_s=n_views / statistics.median(cached_s),
+        live_views_per_s=n_views / statistics.median(live_s),
         ratio=statistics.median(ratios),
         lowest_ratio=min(ratios),
         highest_ratio=max(ratios),

@@ -57,8 +57,8 @@ class TrainPlan:
     student: str
     parameters: int
     """Of the student, without heads."""
-    views: int
-    """Stored views in the pack, the probe left out."""
+    views: int | None
+    """Stored views in the pack, the probe left out; None for fresh views."""
     size: TrainingSize
     checkpoint_bytes: int
     bytes_to_write: int
@@ -75,9 +75,10 @@ class TrainPlan:
         inodes = "" if self.free.inodes is None else f", {self.free.inodes:,} inodes"
         share = "" if self.processes == 1 else f" on {self.processes} processes"
         size = self.size
+        views = "fresh views of every image" if self.views is None else f"{self.views:,} views"
         return [
             f"student   {self.student}, {self.parameters / 1e6:.2f} M parameters",
-            f"data      {self.views:,} views, {size.views_per_epoch:,} in an epoch",
+            f"data      {views}, {size.views_per_epoch:,} in an epoch",
             f"steps     {size.n_steps:,} of {size.batch_size:,} views{share}, {size.steps_per_epoch:,} in an epoch",
             f"reads     {human_bytes(size.bytes_per_step)} a step, {human_bytes(size.bytes_to_read)} in all",
             *self._rate_lines(),

@@ -146,7 +146,8 @@ def summarise_run(path: Path) -> dict[str, Any]:
         "kind": "run",
         "path": str(path),
         "config": config,
-        "last_step": _last_step(path / "metrics.jsonl"),
+        "last_step": _last_line(path / "metrics.jsonl", of_epoch=False),
+        "last_epoch": _last_line(path / "metrics.jsonl", of_epoch=True),
         "checkpoints": checkpoints,
         "weights": [
             name
@@ -168,8 +169,8 @@ def _run_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _last_step(metrics: Path) -> dict[str, Any] | None:
-    """The last complete line of metrics.jsonl.
+def _last_line(metrics: Path, *, of_epoch: bool) -> dict[str, Any] | None:
+    """The last complete line of metrics.jsonl that is of a step, or of an epoch.
 
     Raises:
         FormatError: it is not a line that train writes.
@@ -178,10 +179,12 @@ def _last_step(metrics: Path) -> dict[str, Any] | None:
     if not size:
         return None
     with open(metrics, "rb") as file:
-        file.seek(max(0, size - 65536))
+        file.seek(0 if of_epoch else max(0, size - 65536))  # epochs may be far apart
         lines = [line for line in file.read().split(b"\n")[:-1] if line.startswith(b"{")]
     try:
-        return dict(json.loads(lines[-1])) if lines else None
+        found = (json.loads(line) for line in reversed(lines) if (b'"seen"' in line) == of_epoch)
+        last = next(found, None)
+        return None if last is None else dict(last)
     except ValueError as error:
         raise FormatError(f"{metrics}: its last line is damaged; {_TRAIN_AGAIN}") from error
 
@@ -246,5 +249,10 @@ def _describe_run(summary: dict[str, Any]) -> list[str]:
     ]
     if last:
         lines.append(f"step      {last['step']:,} (epoch {last['epoch']}), loss {last['loss']:.4g}")
+    if summary["last_epoch"]:
+        after = summary["last_epoch"]
+        kinds = {kind: after[kind] for kind in ("seen", "probe", "held_out") if after.get(kind) is not None}
+        stated = ", ".join(f"{kind.replace('_', '-')} {loss:.4g}" for kind, loss in kinds.items())
+        lines.append(f"losses    {stated} (after epoch {after['epoch']})")
     lines.append(f"newest    {summary['checkpoints'][-1] if summary['checkpoints'] else 'no checkpoint'}")
     return [*lines, f"weights   {', '.join(summary['weights']) or 'none yet'}"]

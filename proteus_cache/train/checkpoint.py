@@ -5,9 +5,9 @@
     optimizer.safetensors    AdamW's moments and step counts, by parameter name
     state.json               sealed, written last: the step, what the run is, size and SHA-256 of every file
 
-A checkpoint is written into a folder of its own, synced, renamed, its state read back, and only then are
-older ones removed. No pickle. A folder whose state or files do not verify is never loaded: the one before it
-is, with a warning.
+A checkpoint is written into a folder of its own and synced; every byte is read back from the disk and compared with
+what was meant; then the folder gets its name, and only then are older ones removed. No pickle. A folder whose state
+or files do not verify is never loaded: the one before it is, with a warning.
 """
 
 from __future__ import annotations
@@ -16,7 +16,10 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -53,8 +56,8 @@ class CheckpointState(Document):
     """Steps done."""
     config: dict[str, str | int | float | bool | None]
     """`TrainConfig.identity()`."""
-    cache_id: str
-    pack_digest: str
+    data: dict[str, str]
+    """What was trained on: `TrainingData.identity`."""
     precision: str
     world_size: int
     scaler: dict[str, float | int] | None
@@ -79,7 +82,12 @@ def checkpoint_steps(folder: Path) -> list[int]:
 
 
 def write_checkpoint(
-    folder: Path, state: CheckpointState, tensors: Mapping[str, Mapping[str, Tensor]], *, keep: int
+    folder: Path,
+    state: CheckpointState,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    *,
+    keep: int,
+    after: int | None = None,
 ) -> Path:
     """Write one checkpoint durably and remove the oldest above `keep`.
 
@@ -91,34 +99,61 @@ def write_checkpoint(
         state: all but `files`, which is filled in here.
         tensors: file name (`TENSOR_FILES`) -> its tensors.
         keep: checkpoints to keep, this one included.
+        after: step of the checkpoint that this run wrote or was resumed from last. Those between it and this one were
+            damaged then, so they go, and are not among those kept.
 
     Returns:
         The checkpoint's folder. An older folder of the same step is replaced.
 
     Raises:
         StorageError: it could not be written; older checkpoints are as they were.
+        DamageError: the disk did not give back what was written, a second time too; older checkpoints are as they were.
     """
     storage.make_folder(folder)
     final = folder / f"step-{state.step:08d}"
-    temp = folder / (_TEMPORARY + storage.temp_name(final.name))
-    storage.make_folder(temp)
-    try:
-        files = {name: _write(temp, name, tensors[name]) for name in TENSOR_FILES}
-        sealed = state.model_copy(update={"files": files})
-        storage.write_new(temp / _STATE, sealed.sealed())
-        storage.sync_folder(temp)
+    began = time.perf_counter()
+    temp = _written(folder, final.name, state, tensors)
+    with _removed_on_failure(temp):
         if final.exists():
             _remove(final)
         storage.publish(temp, final)
+    upto = [step for step in checkpoint_steps(folder) if step <= state.step]
+    damaged = [step for step in upto if after is not None and after < step < state.step]
+    good = [step for step in upto if step not in damaged]
+    for step in damaged + good[:-keep]:
+        _remove(folder / f"step-{step:08d}")
+    log.info("wrote checkpoint=%s seconds=%.1f", final, time.perf_counter() - began)
+    return final
+
+
+def _written(folder: Path, name: str, state: CheckpointState, tensors: Mapping[str, Mapping[str, Tensor]]) -> Path:
+    """A temporary folder with a whole checkpoint, synced and read back; what reads back wrong is written once more."""
+    for attempt in (1, 2):
+        temp = folder / (_TEMPORARY + storage.temp_name(name))
+        with _removed_on_failure(temp):
+            storage.make_folder(temp)
+            files = {file: _write(temp, file, tensors[file]) for file in TENSOR_FILES}
+            storage.write_new(temp / _STATE, state.model_copy(update={"files": files}).sealed())
+            storage.sync_folder(temp)
+            try:
+                _verify_files(temp, from_disk=True)
+            except (DamageError, StorageError) as error:
+                if attempt == 2:
+                    raise
+                log.warning("the disk does not give back what was written, which is written once more: %s", error)
+            else:
+                return temp
+        shutil.rmtree(temp, ignore_errors=True)
+    raise AssertionError("unreachable")
+
+
+@contextmanager
+def _removed_on_failure(temp: Path) -> Iterator[None]:
+    try:
+        yield
     except BaseException:
         shutil.rmtree(temp, ignore_errors=True)
         raise
-    verify_checkpoint(final, digests=False)
-    older = [step for step in checkpoint_steps(folder) if step <= state.step]
-    for step in older[:-keep]:
-        _remove(folder / f"step-{step:08d}")
-    log.info("wrote checkpoint=%s bytes=%d", final, sum(file.size for file in files.values()))
-    return final
 
 
 def _write(temp: Path, name: str, tensors: Mapping[str, Tensor]) -> CheckpointFile:
@@ -172,16 +207,33 @@ def verify_checkpoint(path: Path, *, digests: bool = True) -> CheckpointState:
         DamageError: a file is missing, or not what was written.
         StorageError: it cannot be read.
     """
+    state = _verify_files(path, digests=digests)
+    if path.name != f"step-{state.step:08d}":
+        raise FormatError(f"{path}: holds the checkpoint of step {state.step}")
+    return state
+
+
+def _verify_files(path: Path, *, digests: bool = True, from_disk: bool = False) -> CheckpointState:
+    """The state in a folder whose files are those it names.
+
+    Args:
+        path: of the folder.
+        digests: read them, side by side, and compare their SHA-256.
+        from_disk: past the system's copy of them in memory.
+    """
     state = CheckpointState.parse(storage.read_bytes(path / _STATE, _MAX_STATE_BYTES), str(path / _STATE))
     if sorted(state.files) != sorted(TENSOR_FILES):
         raise FormatError(f"{path / _STATE}: names the files {', '.join(sorted(state.files))}")
-    if path.name != f"step-{state.step:08d}":
-        raise FormatError(f"{path}: holds the checkpoint of step {state.step}")
     for name, file in state.files.items():
         if storage.size_of(path / name) != file.size:
             raise FormatError(f"{path / name}: not the file that was written (missing, or its size differs)")
-        if digests and storage.sha256_of(path / name)[1] != file.sha256:
-            raise ChecksumError(f"{path / name}: not the file that was written (its digest differs)")
+    if not digests:
+        return state
+    with ThreadPoolExecutor(len(TENSOR_FILES), thread_name_prefix="checkpoint") as threads:
+        found = threads.map(lambda name: storage.sha256_of(path / name, from_disk=from_disk)[1], TENSOR_FILES)
+        for name, digest in zip(TENSOR_FILES, found, strict=True):
+            if digest != state.files[name].sha256:
+                raise ChecksumError(f"{path / name}: not the file that was written (its digest differs)")
     return state
 
 

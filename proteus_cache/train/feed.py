@@ -16,7 +16,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from proteus_cache.students.registry import student_size
 from proteus_cache.train.config import TrainConfig
+from proteus_cache.train.drop_path import draw_kept
 from proteus_cache.train.masking import draw_masks, n_masked_patches
 
 
@@ -47,6 +49,13 @@ class DeviceBatch:
     codes: Tensor
     masked_MK: Tensor
     """(M, K) int64, a row for each masked view."""
+    kept: Tensor | None = None
+    """(b, 2, depth, 2) uint8, branches that drop path leaves; None without drop path."""
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All that is on the device."""
+        tensors = (self.views, self.codes, self.masked_MK)
+        return tensors if self.kept is None else (*tensors, self.kept)
 
 
 class DeviceFeed:
@@ -75,24 +84,30 @@ class DeviceFeed:
             if copied is not None:
                 compute = torch.cuda.current_stream(self._device)
                 compute.wait_event(copied)
-                for tensor in (batch.views, batch.codes, batch.masked_MK):
+                for tensor in batch.tensors():
                     tensor.record_stream(compute)
             yield batch
             ahead = self._next()
 
     def _next(self) -> tuple[DeviceBatch, torch.cuda.Event | None] | None:
         host = next(self._batches, None)
+        while host is not None and not len(host.positions):  # the end of an evaluation, shared by many processes
+            host = next(self._batches, None)
         if host is None:
             return None
         masks = torch.from_numpy(self._masks(host))
         first_odd = (int(host.positions[0]) + 1) % 2
+        kept = self._kept(host)
         if self._stream is None:
-            return DeviceBatch(host.step, host.epoch, first_odd, host.views, host.codes, masks), None
+            return DeviceBatch(host.step, host.epoch, first_odd, host.views, host.codes, masks, kept), None
         with torch.cuda.stream(self._stream):
             views, codes, masked = (
                 tensor.to(self._device, non_blocking=True) for tensor in (host.views, host.codes, masks.pin_memory())
             )
-            return DeviceBatch(host.step, host.epoch, first_odd, views, codes, masked), self._stream.record_event()
+            if kept is not None:
+                kept = kept.pin_memory().to(self._device, non_blocking=True)
+            batch = DeviceBatch(host.step, host.epoch, first_odd, views, codes, masked, kept)
+            return batch, self._stream.record_event()
 
     def _masks(self, host: HostBatch) -> npt.NDArray[np.int64]:
         config = self._config
@@ -100,6 +115,14 @@ class DeviceFeed:
             return np.empty((0, 0), np.int64)
         hidden = n_masked_patches(config.mask_ratio, self._n_patches)
         return draw_masks(config.seed, host.step, host.positions.numpy(), n_patches=self._n_patches, n_masked=hidden)
+
+    def _kept(self, host: HostBatch) -> Tensor | None:
+        config = self._config
+        if config.drop_path == 0:
+            return None
+        depth = student_size(config.student).depth
+        positions = host.positions.numpy()
+        return torch.from_numpy(draw_kept(config.seed, host.step, positions, drop_path=config.drop_path, depth=depth))
 
 
 def cut(batch: DeviceBatch, n_parts: int) -> Iterator[DeviceBatch]:
@@ -117,6 +140,7 @@ def cut(batch: DeviceBatch, n_parts: int) -> Iterator[DeviceBatch]:
             batch.views[begin:end],
             batch.codes[begin:end],
             batch.masked_MK[masked : masked + n_masked],
+            None if batch.kept is None else batch.kept[begin:end],
         )
         masked += n_masked
 

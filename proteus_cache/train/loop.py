@@ -7,6 +7,7 @@ with the same bytes as one that was not (on a CPU; GPUs add in an order of their
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +17,7 @@ from accelerate.utils import broadcast_object_list
 
 from proteus_cache import storage
 from proteus_cache.errors import UsageError
-from proteus_cache.pack.loader import Loader, open_loader
-from proteus_cache.pack.order import TrainingOrder
-from proteus_cache.pack.reader import Pack, open_pack
+from proteus_cache.plan.training import TrainPlan
 from proteus_cache.processes import usable_cores
 from proteus_cache.students.registry import build_student
 from proteus_cache.train.checkpoint import (
@@ -27,17 +26,22 @@ from proteus_cache.train.checkpoint import (
     load_checkpoint,
     newest_checkpoint,
 )
-from proteus_cache.train.config import TrainConfig
+from proteus_cache.train.config import Precision, TrainConfig
+from proteus_cache.train.data import BatchReader, TrainingData
 from proteus_cache.train.devices import make_accelerator, ranks_here, resolve_device, resolve_precision
+from proteus_cache.train.fresh import open_fresh
+from proteus_cache.train.gaps import Gaps
 from proteus_cache.train.model import build_distillation
-from proteus_cache.train.planning import check_space, plan_for_pack, steps_of
+from proteus_cache.train.planning import check_space, plan_for_data, steps_of
 from proteus_cache.train.progress import ReportProgress
 from proteus_cache.train.record import RunRecord
 from proteus_cache.train.run_folder import CHECKPOINTS, check_run_folder, clear_leftovers, files_to_replace
-from proteus_cache.train.source import check_targets, target_decoder
+from proteus_cache.train.source import student_blocks
+from proteus_cache.train.start import with_init_digest
 from proteus_cache.train.state import make_state, restore
 from proteus_cache.train.steps import Run, Steps
 from proteus_cache.train.stopping import StopRequest
+from proteus_cache.train.stored import open_stored
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +73,8 @@ def train(
     *,
     resume: bool = False,
     replace: bool = False,
+    home: Path = Path("proteus"),
+    on_plan: Callable[[TrainPlan], None] | None = None,
     progress: ReportProgress | None = None,
 ) -> TrainResult:
     """Train a student, or go on training it.
@@ -80,6 +86,8 @@ def train(
         config: the run.
         resume: go on from the newest checkpoint in `config.out` that verifies, or start when there is none.
         replace: allow a start to replace the logs of a run that never reached a checkpoint.
+        home: PROTEUS_HOME, where the weights of a live teacher are kept.
+        on_plan: called in the first process with what the run will take, before it starts.
         progress: called in the first process each time losses are fetched.
 
     Raises:
@@ -90,42 +98,64 @@ def train(
         ProteusCacheError: the loss is not finite.
     """
     check_run_folder(config.out, resume=resume)
+    config = with_init_digest(config)
     replaced = files_to_replace(config.out, resume=resume)
     if replaced and not replace:
         raise UsageError(
             f"{config.out}: starting here replaces {', '.join(replaced)}; give --yes, or choose another --out"
         )
-    pack = open_pack(config.data)
-    check_targets(pack, config)
-    order = pack.training_order(seed=config.seed, batch_size=config.global_batch)
+    data = open_data(config, home)
     device = resolve_device(config)
     precision = resolve_precision(config, device)
     accelerator = make_accelerator(device, precision)
     try:
-        check_space(config, plan_for_pack(config, pack, accelerator.num_processes))
-        run = prepare_run(config, pack, order, accelerator, precision)
+        plan = plan_for_data(config, data, accelerator.num_processes)
+        check_space(config, plan)
+        if on_plan is not None and accelerator.is_main_process:
+            on_plan(plan)
+        run = prepare_run(config, data, accelerator, precision)
         first_step = _resume(run) if resume else 0
         accelerator.wait_for_everyone()
         result = _train(run, first_step, progress)
         # All end together. This wait also gives up the interpreter lock, which gloo's threads need to drop the tensors
         # of the last reduction: a rank that took its process group apart at once would join them while holding it.
         accelerator.wait_for_everyone()
-        return result
-    finally:
-        accelerator.end_training()
+    except BaseException:
+        # After a failure the others may be gone, and taking the process group apart could wait for them for ever.
+        if accelerator.num_processes == 1:
+            accelerator.end_training()
+        raise
+    accelerator.end_training()
+    return result
 
 
-def prepare_run(config: TrainConfig, pack: Pack, order: TrainingOrder, accelerator: Accelerator, precision: str) -> Run:
+def open_data(config: TrainConfig, home: Path) -> TrainingData:
+    """What a run learns from.
+
+    Args:
+        config: the run.
+        home: PROTEUS_HOME, where a live teacher's weights are kept.
+
+    Raises:
+        UsageError: data and config do not go together.
+        DamageError: the pack is damaged.
+        WeightsError: the weights of a live teacher cannot be had.
+    """
+    return open_stored(config, home) if config.images is None else open_fresh(config, home)
+
+
+def prepare_run(config: TrainConfig, data: TrainingData, accelerator: Accelerator, precision: Precision) -> Run:
     """Build the student and all that trains it, on the accelerator's device; nothing is written."""
-    teacher = pack.teacher
+    teacher = data.teacher
     mean, std = tuple(teacher.mean), tuple(teacher.std)
     student = build_student(
-        config.student, size_px=pack.side_px, patch_px=teacher.patch_px, mean=mean, std=std, seed=config.seed
+        config.student, size_px=data.side_px, patch_px=teacher.patch_px, mean=mean, std=std, seed=config.seed
     )
-    bare = build_distillation(config, student, teacher_width=teacher.width, mean=mean, std=std)
+    blocks = student_blocks(data, config)
+    bare = build_distillation(config, student, teacher_width=teacher.width, mean=mean, std=std, blocks=blocks)
     state = make_state(bare, config, accelerator)
-    decoder = target_decoder(pack, config).to(accelerator.device)
-    return Run(config, accelerator, precision, pack, order, decoder, state, steps_of(config, order))
+    data.to(accelerator.device, precision)
+    return Run(config, accelerator, precision, data, state, steps_of(config, data.order))
 
 
 def _resume(run: Run) -> int:
@@ -155,15 +185,15 @@ def _check_identity(run: Run, state: CheckpointState) -> None:
     Raises:
         UsageError: names the first setting that differs.
     """
-    now = run.config.identity() | {"precision": run.precision, "pack digest": run.pack.digest}
-    then = state.config | {"precision": state.precision, "pack digest": state.pack_digest}
+    now = run.config.identity() | {"precision": run.precision, **run.data.identity}
+    then = state.config | {"precision": state.precision, **state.data}
     for name in sorted(now.keys() | then.keys()):
         if now.get(name) != then.get(name):
             raise UsageError(
                 f"{run.config.out}: its checkpoint was made with {name} {then.get(name)}, and now it is "
                 f"{now.get(name)}; resume with the same settings, or choose another --out"
             )
-    if state.world_size != run.accelerator.num_processes:
+    if state.world_size != run.accelerator.num_processes and run.accelerator.is_main_process:
         log.warning(
             "resumed with processes=%d instead of %d: the same batches, but sums in another order, so last bits differ",
             run.accelerator.num_processes,
@@ -182,9 +212,11 @@ def _train(run: Run, first_step: int, progress: ReportProgress | None) -> TrainR
             storage.make_folder(config.out)
             clear_unfinished(config.out / CHECKPOINTS)
             clear_leftovers(config.out, is_new=first_step == 0)
-            record = stack.enter_context(RunRecord(config, run.pack, run.precision, first_step))
+            record = stack.enter_context(RunRecord(config, run.data, run.precision, first_step))
+            if first_step == 0 and config.init is not None:
+                record.write_start(run.state)
         loader = stack.enter_context(_open_loader(run, first_step))
-        steps = Steps(run, loader, record, progress, stop, first_step)
+        steps = Steps(run, loader, _gaps(run), record, progress, stop, first_step)
         done, losses = steps.run(first_step)
         if is_main and record is not None and done >= run.n_steps:
             record.write_student(run.state, done)
@@ -196,14 +228,22 @@ def _train(run: Run, first_step: int, progress: ReportProgress | None) -> TrainR
     return TrainResult(config.out, first_step, done, run.n_steps, stopped_by, losses)
 
 
-def _open_loader(run: Run, first_step: int) -> Loader:
+def _gaps(run: Run) -> Gaps | None:
+    """Measures the losses after epochs; None where there is nothing to tell apart, or it is not wanted."""
+    config, accelerator = run.config, run.accelerator
+    if config.evaluate_every is None or not run.data.evaluation_orders:
+        return None
+    n_epochs = config.epochs + config.cooldown_epochs
+    workers = n_readers(config, ranks_here(accelerator))
+    return Gaps(config, accelerator, run.data, run.state, n_epochs, workers)
+
+
+def _open_loader(run: Run, first_step: int) -> BatchReader:
     """The reader of this process's share of every batch that is left."""
     accelerator = run.accelerator
-    return open_loader(
-        run.pack,
-        run.order,
-        first_step=first_step,
-        last_step=max(first_step, run.n_steps),
+    return run.data.open(
+        run.data.order,
+        range(first_step, max(first_step, run.n_steps)),
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
         n_workers=n_readers(run.config, ranks_here(accelerator)),

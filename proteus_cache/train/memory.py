@@ -27,7 +27,7 @@ def dry_step(
         state: whose parameters get gradients.
         batch: this process's share of a global batch, on the device.
         n_views: of them.
-        losses_of: (4,) losses of a part of the batch.
+        losses_of: (5,) losses of a part of the batch.
     """
     parameters = [parameter for parameter in state.bare.parameters() if parameter.requires_grad]
     moments = [] if state.adamw.state else [torch.empty_like(p) for p in parameters for _ in range(2)]  # still to come

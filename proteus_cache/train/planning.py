@@ -5,7 +5,6 @@ from __future__ import annotations
 from proteus_cache import storage
 from proteus_cache.devices import gpu_name
 from proteus_cache.errors import SpaceError
-from proteus_cache.pack.order import TrainingOrder
 from proteus_cache.pack.reader import Pack, open_pack
 from proteus_cache.plan.costs import STEP, STEP_WITHOUT_MASKS, student_shape
 from proteus_cache.plan.human import human_bytes
@@ -14,8 +13,9 @@ from proteus_cache.plan.training import TrainingSize, TrainPlan
 from proteus_cache.students.registry import student_size
 from proteus_cache.train.checkpoint import checkpoint_steps
 from proteus_cache.train.config import TrainConfig
+from proteus_cache.train.data import TrainingData, TrainingOrder
 from proteus_cache.train.run_folder import CHECKPOINTS
-from proteus_cache.train.source import check_targets, mean_sample_bytes, n_patches
+from proteus_cache.train.source import TargetSource, check_targets, mean_sample_bytes, n_patches, student_blocks
 
 _BYTES_PER_PARAMETER = 4
 
@@ -26,7 +26,7 @@ def plan_training(config: TrainConfig, processes: int) -> TrainPlan:
     Raises:
         UsageError: pack and config do not go together, or a GPU is asked for and there is none.
     """
-    pack = open_pack(config.data)
+    pack = open_pack(config.pack_path)
     gpu = gpu_named(gpu_name(config.device))
     return plan_for_pack(config, pack, processes, None if config.precision == "fp32" else gpu)
 
@@ -41,23 +41,39 @@ def plan_for_pack(config: TrainConfig, pack: Pack, processes: int, gpu: Gpu | No
         gpu: what each of them runs on, where its rates are known and wanted.
     """
     check_targets(pack, config)
-    order = pack.training_order(seed=config.seed, batch_size=config.global_batch)
-    n_steps = steps_of(config, order)
-    parameters = student_parameters(config.student, pack)
-    trained = parameters + added_parameters(config, pack)
+    order = pack.training_order(seed=config.seed, batch_size=config.global_batch, repeats=config.repeats)
+    return _plan(config, pack, order, len(pack), mean_sample_bytes(pack), processes, gpu)
+
+
+def plan_for_data(config: TrainConfig, data: TrainingData, processes: int) -> TrainPlan:
+    """As `plan_training`, for anything that can be trained on."""
+    return _plan(config, data, data.order, data.n_views, data.bytes_per_view, processes, None)
+
+
+def _plan(
+    config: TrainConfig,
+    source: TargetSource,
+    order: TrainingOrder,
+    n_views: int | None,
+    bytes_per_view: float,
+    processes: int,
+    gpu: Gpu | None,
+) -> TrainPlan:
+    parameters = student_parameters(config.student, source)
+    trained = parameters + added_parameters(config, source)
     checkpoint = _BYTES_PER_PARAMETER * (3 * trained + parameters)  # weights and two moments; the average
-    results = _BYTES_PER_PARAMETER * (trained + parameters)
-    shape = student_shape(config.student, size_px=pack.side_px, patch_px=pack.teacher.patch_px)
+    results = _BYTES_PER_PARAMETER * (trained + parameters + parameters * (config.init is not None))
+    shape = student_shape(config.student, size_px=source.side_px, patch_px=source.teacher.patch_px)
     passes = STEP if config.weight_patch > 0 else STEP_WITHOUT_MASKS
     return TrainPlan(
         student=config.student,
         parameters=parameters,
-        views=len(pack),
+        views=n_views,
         size=TrainingSize(
             views_per_epoch=order.n_samples,
             batch_size=config.global_batch,
-            n_steps=n_steps,
-            bytes_per_view=mean_sample_bytes(pack),
+            n_steps=steps_of(config, order),
+            bytes_per_view=bytes_per_view,
         ),
         checkpoint_bytes=checkpoint,
         bytes_to_write=(config.keep_checkpoints + 1) * checkpoint + results,
@@ -70,7 +86,7 @@ def plan_for_pack(config: TrainConfig, pack: Pack, processes: int, gpu: Gpu | No
 
 def steps_of(config: TrainConfig, order: TrainingOrder) -> int:
     """Steps at which a run is finished."""
-    whole = config.epochs * order.steps_per_epoch
+    whole = (config.epochs + config.cooldown_epochs) * order.steps_per_epoch
     return whole if config.max_steps is None else min(whole, config.max_steps)
 
 
@@ -96,7 +112,7 @@ def check_space(config: TrainConfig, plan: TrainPlan) -> None:
     )
 
 
-def student_parameters(name: str, pack: Pack) -> int:
+def student_parameters(name: str, pack: TargetSource) -> int:
     """Parameters of a student on the grid of a pack, from its widths alone."""
     size = student_size(name)
     width, patch_px = size.width, pack.teacher.patch_px
@@ -105,8 +121,9 @@ def student_parameters(name: str, pack: Pack) -> int:
     return embedding + size.depth * block + 2 * width
 
 
-def added_parameters(config: TrainConfig, pack: Pack) -> int:
-    """Parameters of heads and mask token."""
+def added_parameters(config: TrainConfig, pack: TargetSource) -> int:
+    """Parameters of heads, those of block targets too, and mask token."""
     width = student_size(config.student).width
     head = 2 * width + (width + 1) * pack.teacher.width
-    return len(config.heads) * head + width * (config.weight_patch > 0)
+    n_heads = len(config.heads) + len(student_blocks(pack, config))
+    return n_heads * head + width * (config.weight_patch > 0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 
 
@@ -20,6 +20,8 @@ class Progress:
     lr: float
     loss: float
     rates: Rates
+    after_epoch: Mapping[str, float]
+    """Losses after the last epoch, by `seen`, `probe` and `held_out`; empty before, and where there are none."""
     time_left_s: float
 
 

@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+import json
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from proteus_cache.pack.reader import Pack
+from proteus_cache import storage
+from proteus_cache.errors import ProteusCacheError
 from proteus_cache.students.registry import student_metadata
 from proteus_cache.train.config import TrainConfig
+from proteus_cache.train.data import TrainingData
 from proteus_cache.train.progress import Rates
 from proteus_cache.train.run_folder import (
     EMA,
     HEADS,
+    LOSS_NAMES,
     METRICS,
+    NOT_FINITE,
+    START,
     STUDENT,
     TENSORBOARD,
     TIMINGS,
     StepLog,
+    epoch_line,
     metric_line,
     write_config,
 )
@@ -30,6 +37,7 @@ from proteus_cache.train.tensors import replace_tensors
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
+_NAMED = 3
 _LIBRARIES = ("proteus-cache", "torch", "timm", "accelerate", "numpy")
 
 
@@ -47,10 +55,10 @@ class StepResult:
 class RunRecord:
     """The logs of a run, opened behind `first_step` (later lines of an earlier start are cut off)."""
 
-    def __init__(self, config: TrainConfig, pack: Pack, precision: str, first_step: int) -> None:
+    def __init__(self, config: TrainConfig, data: TrainingData, precision: str, first_step: int) -> None:
         self._config = config
-        self._pack = pack
-        write_config(config.out, _sections(config, pack, precision))
+        self._data = data
+        write_config(config.out, _sections(config, data, precision))
         self._metrics = StepLog(config.out / METRICS, first_step)
         self._timings = StepLog(config.out / TIMINGS, first_step)
         self._board = _open_board(config, first_step)
@@ -70,7 +78,7 @@ class RunRecord:
 
         Args:
             results: of the steps, in order.
-            rows: (loss, token, feature, patch) of each; NaN for a loss of weight 0.
+            rows: (loss, token, feature, patch, block) of each; NaN for a loss of weight 0.
             rates: over these steps.
         """
         lines = [
@@ -88,6 +96,48 @@ class RunRecord:
         for name, rate in rates.to_mapping().items():
             self._board.add_scalar(f"rates/{name}", rate, last)
 
+    def write_epoch(self, step: int, epoch: int, losses: Mapping[str, Sequence[float]]) -> None:
+        """Log what was measured after an epoch.
+
+        Args:
+            step: the last of the epoch, counted from 1.
+            epoch: counted from 0.
+            losses: (loss, token, feature, patch, block) on `seen`, `probe` and `held_out` views, where there are any.
+        """
+        line = epoch_line(step, epoch, losses)
+        self._metrics.write([line])
+        for name, value in line.items():
+            if name not in ("step", "epoch") and value is not None:
+                self._board.add_scalar(f"epoch/{name}", value, step)
+
+    def write_not_finite(self, result: StepResult, losses: Sequence[float], scaler: Mapping[str, object] | None) -> str:
+        """Write `not-finite.json`: what the step that ended the run was made of.
+
+        Returns:
+            What it shows, for the message.
+        """
+        path = self._config.out / NOT_FINITE
+        try:
+            samples = self._data.samples_of(result.step - 1)
+        except ProteusCacheError as error:
+            return f" (its samples cannot be read: {error})"
+        document = {
+            "step": result.step,
+            "epoch": result.epoch,
+            "lr": result.lr,
+            "losses": {name: repr(value) for name, value in zip(LOSS_NAMES, losses, strict=True)},
+            "loss_scaling": scaler,
+            "samples": sorted(samples, key=lambda sample: (sample.get("is_finite") is not False, sample["position"])),
+        }
+        text = json.dumps(document, indent=1, allow_nan=False) + "\n"
+        temp, _ = storage.write_durable(self._config.out, f".{NOT_FINITE}", text.encode)
+        storage.publish(temp, path)
+        bad = [str(sample["key"]) for sample in samples if sample.get("is_finite") is False]
+        if not bad:
+            return f"; its {len(samples):,} samples are named in {path}"
+        more = f" and {len(bad) - _NAMED:,} more" if len(bad) > _NAMED else ""
+        return f"; the targets of {', '.join(bad[:_NAMED])}{more} are not finite ({path})"
+
     def sync(self) -> None:
         """Make the logs durable; a checkpoint must not know of steps that they do not."""
         self._metrics.sync()
@@ -96,22 +146,8 @@ class RunRecord:
 
     def write_student(self, state: TrainingState, step: int) -> None:
         """Write `student`, `heads` and `ema.safetensors` of a finished run."""
-        config, teacher = self._config, self._pack.teacher
-        shape = student_metadata(
-            config.student,
-            size_px=self._pack.side_px,
-            patch_px=teacher.patch_px,
-            mean=teacher.mean,
-            std=teacher.std,
-        )
-        common = {
-            "student": config.student,
-            "teacher": teacher.name,
-            "steps": str(step),
-            "seed": str(config.seed),
-            "cache_id": self._pack.cache_id,
-            "pack_digest": self._pack.digest,
-        }
+        config = self._config
+        shape, common = self._shape(), self._common(step)
         share = repr(config.ema_decay**step)
         average = {"weights": "ema", "ema_decay": repr(config.ema_decay), "initialisation_share": share}
         bare = state.bare
@@ -119,21 +155,45 @@ class RunRecord:
         replace_tensors(config.out / HEADS, bare.head_tensors(), common | {"weights": "raw"})
         replace_tensors(config.out / EMA, state.ema.module.state_dict(), shape | common | average)
 
+    def write_start(self, state: TrainingState) -> None:
+        """Write `start.safetensors`, the student before its first step: what `eval` compares a run with `init` with."""
+        metadata = self._shape() | self._common(0) | {"weights": "start"}
+        replace_tensors(self._config.out / START, state.bare.student.state_dict(), metadata)
 
-def _sections(config: TrainConfig, pack: Pack, precision: str) -> dict[str, object]:
-    """What `config.yaml` holds. `train` alone makes the run again from this pack."""
+    def _shape(self) -> dict[str, str]:
+        """Metadata that say how to build the student."""
+        teacher = self._data.teacher
+        return student_metadata(
+            self._config.student,
+            size_px=self._data.side_px,
+            patch_px=teacher.patch_px,
+            mean=teacher.mean,
+            std=teacher.std,
+        )
+
+    def _common(self, step: int) -> dict[str, str]:
+        """Metadata that say where weights come from."""
+        config = self._config
+        start = {}
+        if config.init is not None and config.init_sha256 is not None:
+            start = {"init": config.init.name, "init_sha256": config.init_sha256}
+        return {
+            "student": config.student,
+            "teacher": self._data.teacher.name,
+            "steps": str(step),
+            "seed": str(config.seed),
+            **start,
+            **self._data.provenance,
+        }
+
+
+def _sections(config: TrainConfig, data: TrainingData, precision: str) -> dict[str, object]:
+    """What `config.yaml` holds. `train` alone makes the run again from the same data."""
     versions = {name: metadata.version(name) for name in _LIBRARIES if _is_installed(name)}
     return {
         "train": config.to_mapping()
         | {"batch_size": config.global_batch, "lr": config.peak_lr, "precision": precision},
-        "pack": {
-            "cache_id": pack.cache_id,
-            "pack_digest": pack.digest,
-            "teacher": pack.teacher.name,
-            "teacher_weights_sha256": pack.teacher.weights_sha256,
-            "views": len(pack.views),
-            "targets": {target.name: target.codec.name for target in pack.targets},
-        },
+        **data.description,
         "versions": {"python": platform.python_version(), **versions},
     }
 

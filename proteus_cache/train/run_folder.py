@@ -1,13 +1,16 @@
 """The RUN folder: what a training run leaves on disk, and how its logs are cut back on resume.
 
     config.yaml              settings, the pack trained from, versions
-    metrics.jsonl            one line for every step; nothing that depends on the clock
+    metrics.jsonl            one line for every step and, behind the last step of an epoch, one for the epoch, with the
+                             losses on `seen`, `probe` and `held_out` views; nothing that depends on the clock
     timings.jsonl            rates and times, for people
     tensorboard/             the same numbers as TensorBoard events
     checkpoints/             see checkpoint.py
     student.safetensors      raw weights, strictly loadable into timm's VisionTransformer
     heads.safetensors        mask token and heads
     ema.safetensors          average weights and the share of the initialisation in them
+    start.safetensors        the student as it began, of a run that was given start weights
+    not-finite.json          samples and losses of the step that ended a run whose loss was not finite
 
 Steps are counted from 1 here: the line of step 4 is what the fourth step computed, and the checkpoint of step
 4 holds its result.
@@ -34,11 +37,17 @@ TIMINGS = "timings.jsonl"
 STUDENT = "student.safetensors"
 HEADS = "heads.safetensors"
 EMA = "ema.safetensors"
+START = "start.safetensors"
+NOT_FINITE = "not-finite.json"
 TENSORBOARD = "tensorboard"
 CHECKPOINTS = "checkpoints"
-LOSS_NAMES = ("loss", "loss_token", "loss_feature", "loss_patch")
+LOSS_NAMES = ("loss", "loss_token", "loss_feature", "loss_patch", "loss_block")
 """Losses of a step, in the order they are computed."""
-_OURS = frozenset({CONFIG, METRICS, TIMINGS, STUDENT, HEADS, EMA, TENSORBOARD, CHECKPOINTS})
+VIEW_KINDS = ("seen", "probe", "held_out")
+"""Stored views that were trained on; never-trained views of the same images; views of images that are held out."""
+_OPTIONAL_LOSS = "loss_block"
+"""Left out of a line of metrics where it is off, for Proteus has no such loss."""
+_OURS = frozenset({CONFIG, METRICS, TIMINGS, STUDENT, HEADS, EMA, START, NOT_FINITE, TENSORBOARD, CHECKPOINTS})
 
 
 def check_run_folder(out: Path, *, resume: bool) -> None:
@@ -75,7 +84,7 @@ def clear_leftovers(out: Path, *, is_new: bool) -> None:
     """Remove unfinished files of killed writers and, for a new run, the results of another one."""
     for name in storage.list_folder(out):
         is_unfinished = name.startswith(".") and any(name.startswith(f".{ours}.") for ours in _OURS)
-        if is_unfinished or (is_new and name in (STUDENT, HEADS, EMA)):
+        if is_unfinished or (is_new and name in (STUDENT, HEADS, EMA, START, NOT_FINITE)):
             storage.remove(out / name)
 
 
@@ -148,7 +157,35 @@ def metric_line(step: int, epoch: int, lr: float, losses: Sequence[float]) -> di
         step: counted from 1.
         epoch: counted from 0.
         lr: of this step.
-        losses: sum, token, feature, patch; NaN for a loss of weight 0, which becomes null.
+        losses: sum, token, feature, patch, block; NaN for a loss of weight 0, which becomes null. The block loss
+            has no place in a line then.
     """
     values = {name: None if math.isnan(value) else value for name, value in zip(LOSS_NAMES, losses, strict=True)}
+    if values[_OPTIONAL_LOSS] is None:
+        del values[_OPTIONAL_LOSS]
     return {"step": step, "epoch": epoch, "lr": lr, **values}
+
+
+def epoch_line(step: int, epoch: int, losses: Mapping[str, Sequence[float]]) -> dict[str, object]:
+    """A line of `metrics.jsonl` behind the last step of an epoch.
+
+    Args:
+        step: counted from 1.
+        epoch: counted from 0.
+        losses: sum, token, feature, patch, block on each kind of views; NaN for a loss of weight 0.
+
+    Returns:
+        `seen`, `probe` and `held_out`: the sum, null for views that there are none of; and each loss that is on, as
+        `seen_token`, ...
+    """
+    line: dict[str, object] = {"step": step, "epoch": epoch} | dict.fromkeys(VIEW_KINDS)
+    for kind, values in losses.items():
+        for name, value in zip(LOSS_NAMES, values, strict=True):
+            if not math.isnan(value):
+                line[kind + name.removeprefix("loss")] = value
+    return line
+
+
+def is_epoch_line(line: Mapping[str, object]) -> bool:
+    """Whether a line of `metrics.jsonl` is of an epoch, not of a step."""
+    return VIEW_KINDS[0] in line

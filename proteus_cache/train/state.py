@@ -13,8 +13,11 @@ from torch.amp.grad_scaler import GradScaler
 
 from proteus_cache.errors import FormatError
 from proteus_cache.train.checkpoint import Checkpoint
+from proteus_cache.train.compiling import compiled
 from proteus_cache.train.config import TrainConfig
 from proteus_cache.train.model import Distillation
+
+_TOKENS = ("pos_embed", "cls_token", "mask_token")
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +27,7 @@ class TrainingState:
     bare: Distillation
     """The module without Accelerate's wrappers."""
     model: nn.Module
-    """What is called: wrapped for autocast and data-parallel training."""
+    """What is called: compiled if asked for, wrapped for autocast and data-parallel training."""
     adamw: torch.optim.AdamW
     optimizer: torch.optim.Optimizer
     """Accelerate's wrapper of `adamw`, which knows of loss scaling."""
@@ -39,29 +42,38 @@ def make_state(bare: Distillation, config: TrainConfig, accelerator: Accelerator
     bare.to(device).train()
     ema = ModelEmaV3(bare.student, decay=config.ema_decay)
     adamw = torch.optim.AdamW(
-        parameter_groups(bare, config.weight_decay),
+        parameter_groups(bare, config.weight_decay, decay_tokens=config.decay_tokens),
         lr=config.peak_lr,
         betas=(config.beta1, config.beta2),
         eps=config.adam_eps,
         fused=True,
     )
-    model, optimizer = accelerator.prepare(bare, adamw)
+    model, optimizer = accelerator.prepare(compiled(bare) if config.compile else bare, adamw)
     return TrainingState(bare, model, adamw, optimizer, ema, accelerator.scaler)
 
 
-def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, object]]:
+def parameter_groups(module: nn.Module, weight_decay: float, *, decay_tokens: bool = True) -> list[dict[str, object]]:
     """Decayed and undecayed parameters, in the order of the module.
 
-    Only parameters with one axis go without decay (biases, norms, LayerScale). Position embedding, CLS and
-    mask token are decayed: the released wrapper exposes no list of exceptions.
+    Parameters with one axis go without decay (biases, norms, LayerScale). Position embedding, CLS and mask token are
+    decayed: the released wrapper exposes no list of exceptions.
+
+    Args:
+        module: whose parameters.
+        weight_decay: of the first group.
+        decay_tokens: false spares position embedding, CLS and mask token, as DeiT and timm's ViTs ask for.
 
     Source: Proteus-pytorch, timm optim_factory add_weight_decay on MetaArch.
     """
-    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    return [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-    ]
+    decayed: list[nn.Parameter] = []
+    spared: list[nn.Parameter] = []
+    for name, parameter in module.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        is_token = name.rpartition(".")[2] in _TOKENS
+        is_decayed = parameter.ndim > 1 and (decay_tokens or not is_token)
+        (decayed if is_decayed else spared).append(parameter)
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": spared, "weight_decay": 0.0}]
 
 
 def tensors_of(state: TrainingState) -> dict[str, dict[str, Tensor]]:

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -18,12 +18,11 @@ from torch import Tensor
 
 from proteus_cache.devices import or_explain
 from proteus_cache.errors import ProteusCacheError
-from proteus_cache.pack.loader import Loader
-from proteus_cache.pack.order import TrainingOrder
-from proteus_cache.pack.reader import Pack
 from proteus_cache.train.checkpoint import CheckpointState, write_checkpoint
 from proteus_cache.train.config import TrainConfig
+from proteus_cache.train.data import BatchReader, TrainingData
 from proteus_cache.train.feed import DeviceBatch, DeviceClock, DeviceFeed, cut
+from proteus_cache.train.gaps import Gaps
 from proteus_cache.train.masking import n_masked_images
 from proteus_cache.train.memory import dry_step, smaller_parts
 from proteus_cache.train.progress import Progress, RateMeter, ReportProgress
@@ -33,7 +32,6 @@ from proteus_cache.train.schedule import learning_rate
 from proteus_cache.train.source import n_patches
 from proteus_cache.train.state import TrainingState, scaler_of, tensors_of
 from proteus_cache.train.stopping import StopRequest
-from proteus_cache.train.targets import TargetDecoder
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,9 +41,7 @@ class Run:
     config: TrainConfig
     accelerator: Accelerator
     precision: str
-    pack: Pack
-    order: TrainingOrder
-    decoder: TargetDecoder
+    data: TrainingData
     state: TrainingState
     n_steps: int
 
@@ -78,7 +74,7 @@ def take_step(run: StepContext, batch: DeviceBatch, targets_of: Callable[[Device
         targets_of: what the teacher says of the views of a part of the batch, by target name.
 
     Returns:
-        (4,) losses as `Distillation.forward` gives them, still on the device.
+        (5,) losses as `Distillation.forward` gives them, still on the device.
     """
     accelerator, state = run.accelerator, run.state
     for group in state.adamw.param_groups:
@@ -88,7 +84,9 @@ def take_step(run: StepContext, batch: DeviceBatch, targets_of: Callable[[Device
     for number, part in enumerate(parts, start=1):
         is_last = number == len(parts)
         with nullcontext() if is_last else accelerator.no_sync(state.model):
-            losses: Tensor = state.model(part.views, targets_of(part), part.masked_MK, part.first_odd, run.counts)
+            losses: Tensor = state.model(
+                part.views, targets_of(part), part.masked_MK, part.first_odd, run.counts, part.kept
+            )
             accelerator.backward(losses[0])
         total = losses.detach() if total is None else total + losses.detach()
     state.optimizer.step()
@@ -104,7 +102,8 @@ class Steps:
     def __init__(
         self,
         run: Run,
-        loader: Loader,
+        loader: BatchReader,
+        gaps: Gaps | None,
         record: RunRecord | None,
         progress: ReportProgress | None,
         stop: StopRequest,
@@ -112,6 +111,7 @@ class Steps:
     ) -> None:
         self._run = run
         self._loader = loader
+        self._gaps = gaps
         self._record = record
         self._progress = progress
         self._stop = stop
@@ -119,12 +119,13 @@ class Steps:
         self._clock = DeviceClock(run.accelerator.device)
         self._meter = RateMeter(run.config.global_batch)
         self._last: dict[str, float] = {}
+        self._totals: dict[str, float] = {}
         self._saved = first_step
 
     def run(self, first_step: int) -> tuple[int, dict[str, float]]:
         """Steps from `first_step` on; returns how many are done in all, and the losses of the last."""
         run, done = self._run, first_step
-        feed = DeviceFeed(self._loader, run.config, n_patches(run.pack), run.accelerator.device)
+        feed = DeviceFeed(self._loader, run.config, n_patches(run.data), run.accelerator.device)
         for batch in feed:
             self._clock.begin()
             losses = self._step_or_explain(batch)
@@ -132,10 +133,15 @@ class Steps:
             done = batch.step + 1
             self._waiting.append((StepResult(done, batch.epoch, learning_rate(run.config, batch.epoch)), losses))
             must_save = done % run.config.checkpoint_every == 0 or done == run.n_steps
-            is_border = must_save or run.accelerator.device.type == "cpu" or done % run.config.log_every == 0
+            must_measure = self._gaps is not None and self._gaps.is_due(done)
+            is_border = (
+                must_save or must_measure or run.accelerator.device.type == "cpu" or done % run.config.log_every == 0
+            )
             must_stop = self._fetch() if is_border else self._stops_alone()
             if must_stop and not is_border:
                 self._fetch()
+            if must_measure:
+                self._measure(done, batch.epoch)
             if must_save or must_stop:
                 self._save(done)
             if must_stop:
@@ -147,16 +153,29 @@ class Steps:
 
         def losses_of(part: DeviceBatch) -> Tensor:
             with run.accelerator.autocast():
-                targets = run.decoder(part.codes)
-                losses: Tensor = run.state.bare(part.views, targets, part.masked_MK, part.first_odd, run.counts)
+                targets = run.data.targets_of(part)
+                losses: Tensor = run.state.bare(
+                    part.views, targets, part.masked_MK, part.first_odd, run.counts, part.kept
+                )
                 return losses
 
         return or_explain(
-            lambda: take_step(run, batch, lambda part: run.decoder(part.codes)),
+            lambda: take_step(run, batch, run.data.targets_of),
             -(-n_views // run.config.accumulate),
             lambda n: dry_step(run.state, batch, n, losses_of),
             smaller_parts(run.config, n_views),
         )
+
+    def _measure(self, done: int, epoch: int) -> None:
+        """The losses after an epoch, on views of every kind; all processes take part."""
+        assert self._gaps is not None
+        losses = self._gaps.measure()
+        self._totals = {kind: values[0] for kind, values in losses.items()}
+        if self._record is not None:
+            self._record.write_epoch(done, epoch, losses)
+        if self._run.accelerator.is_main_process:
+            self._gaps.warn(self._totals)
+        self._meter.restart()
 
     def _stops_alone(self) -> bool:
         """Whether a single process was asked to stop; several agree only where they meet anyway."""
@@ -198,7 +217,7 @@ class Steps:
         if self._record is not None:
             self._record.write(results[:good], rows[:good], rates)
         if good < len(rows):
-            raise ProteusCacheError(self._not_finite(results[good].step, rows[good]))
+            self._end_not_finite(results[good], rows[good])
         self._last = dict(zip(LOSS_NAMES, rows[-1], strict=True))
         if self._progress is not None and run.accelerator.is_main_process:
             self._progress(
@@ -209,17 +228,23 @@ class Steps:
                     lr=last.lr,
                     loss=rows[-1][0],
                     rates=rates,
+                    after_epoch=self._totals,
                     time_left_s=(run.n_steps - last.step) * self._meter.seconds_per_step,
                 )
             )
 
-    def _not_finite(self, step: int, losses: list[float]) -> str:
-        parts = zip(("token", "feature", "patch"), losses[1:], strict=True)
-        stated = ", ".join(f"{name} {value:g}" for name, value in parts)
+    def _end_not_finite(self, result: StepResult, losses: list[float]) -> NoReturn:
+        """Keep what there is to look at, and end the run."""
+        run = self._run
+        parts = zip(LOSS_NAMES[1:], losses[1:], run.config.loss_weights, strict=True)
+        stated = ", ".join(f"{name.removeprefix('loss_')} {value:g}" for name, value, weight in parts if weight > 0)
+        suspects = ""
+        if self._record is not None:
+            suspects = self._record.write_not_finite(result, losses, scaler_of(run.state))
         saved = f"the checkpoint of step {self._saved:,} is good" if self._saved else "there is no checkpoint yet"
-        return (
-            f"the loss of step {step:,} is not finite ({stated}); {saved}. Start again with a lower --lr "
-            "or with --precision fp32, in another --out"
+        raise ProteusCacheError(
+            f"the loss of step {result.step:,} is not finite ({stated}){suspects}; {saved}. Start again with a lower "
+            "--lr or with --precision fp32, in another --out"
         )
 
     def _save(self, done: int) -> None:
@@ -230,15 +255,18 @@ class Steps:
             state = CheckpointState(
                 step=done,
                 config=run.config.identity(),
-                cache_id=run.pack.cache_id,
-                pack_digest=run.pack.digest,
+                data=dict(run.data.identity),
                 precision=run.precision,
                 world_size=run.accelerator.num_processes,
                 scaler=scaler_of(run.state),
                 files={},
             )
             write_checkpoint(
-                run.config.out / CHECKPOINTS, state, tensors_of(run.state), keep=run.config.keep_checkpoints
+                run.config.out / CHECKPOINTS,
+                state,
+                tensors_of(run.state),
+                keep=run.config.keep_checkpoints,
+                after=self._saved,
             )
         self._saved = done
         self._meter.restart()

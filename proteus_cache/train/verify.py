@@ -9,7 +9,7 @@ from proteus_cache import storage
 from proteus_cache.cache.verify import Finding
 from proteus_cache.errors import ProteusCacheError
 from proteus_cache.train.checkpoint import checkpoint_steps, verify_checkpoint
-from proteus_cache.train.run_folder import CHECKPOINTS, EMA, HEADS, STUDENT
+from proteus_cache.train.run_folder import CHECKPOINTS, EMA, HEADS, START, STUDENT
 from proteus_cache.train.tensors import read_tensors
 
 
@@ -23,7 +23,8 @@ def verify_run(path: Path, read_data: bool, progress: Callable[[int, int, int], 
     """
     findings = []
     folders = [path / CHECKPOINTS / f"step-{step:08d}" for step in checkpoint_steps(path / CHECKPOINTS)]
-    weights = [path / name for name in (STUDENT, HEADS, EMA) if read_data and storage.size_of(path / name) is not None]
+    names = (STUDENT, HEADS, EMA, START)
+    weights = [path / name for name in names if read_data and storage.size_of(path / name) is not None]
     n_bytes = 0
     for done, item in enumerate([*folders, *weights], start=1):
         findings += _checkpoint(path, item, read_data) if item in folders else _weights(path, item)
@@ -48,6 +49,8 @@ def _weights(run: Path, file: Path) -> list[Finding]:
         read_tensors(file)
     except ProteusCacheError as error:
         remedy = "run the same training with --resume: it writes the final weights anew"
+        if file.name == START:
+            remedy = "only eval reads it; a new run from the same init, stopped after its first step, writes it anew"
         return [Finding(file.name, None, _without(error, run), remedy)]
     return []
 

@@ -1,14 +1,17 @@
 from __future__ import annotations
 
+import itertools
 import logging
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from proteus_cache import storage
 from proteus_cache.documents import canonical, parse_sealed, seal
-from proteus_cache.errors import DamageError
+from proteus_cache.errors import ChecksumError, DamageError, StorageError
 from proteus_cache.train.checkpoint import (
     TENSOR_FILES,
     CheckpointState,
@@ -17,24 +20,24 @@ from proteus_cache.train.checkpoint import (
     newest_checkpoint,
     write_checkpoint,
 )
+from tests.train.operations import killed_at
 
 
 def _tensors(step: int) -> dict[str, dict[str, Tensor]]:
     return {name: {"weight": torch.full((5,), float(step))} for name in TENSOR_FILES}
 
 
-def _write(folder: Path, step: int, *, keep: int = 2) -> Path:
+def _write(folder: Path, step: int, *, keep: int = 2, after: int | None = None) -> Path:
     state = CheckpointState(
         step=step,
         config={"lr": 1e-3, "student": "vit_s14", "max": None},
-        cache_id="c",
-        pack_digest="p",
+        data={"pack digest": "p"},
         precision="fp32",
         world_size=1,
         scaler={"scale": 65536.0, "_growth_tracker": 3},
         files={},
     )
-    return write_checkpoint(folder, state, _tensors(step), keep=keep)
+    return write_checkpoint(folder, state, _tensors(step), keep=keep, after=after)
 
 
 def _step_found(folder: Path) -> int | None:
@@ -80,6 +83,18 @@ def test_damaged_later_checkpoints_do_not_push_out_good_ones(tmp_path: Path) -> 
 
     assert checkpoint_steps(tmp_path) == [4, 10, 20, 30]
     assert _step_found(tmp_path) == 10
+
+
+def test_damaged_checkpoints_that_the_run_has_passed_go_and_push_out_none(tmp_path: Path) -> None:
+    for step in (4, 6, 8):
+        _write(tmp_path, step, keep=3)
+    for step in (6, 8):  # so the run goes on from 4
+        (tmp_path / f"step-{step:08d}" / "ema.safetensors").write_bytes(b"damaged")
+
+    _write(tmp_path, 7, after=4)
+
+    assert checkpoint_steps(tmp_path) == [4, 7, 8]
+    assert _step_found(tmp_path) == 7
 
 
 def test_writing_a_step_again_replaces_it(tmp_path: Path) -> None:
@@ -161,3 +176,90 @@ def test_a_failed_write_leaves_the_older_checkpoint_alone(tmp_path: Path) -> Non
 
     assert [file.name for file in tmp_path.iterdir()] == ["step-00000002"]
     assert _step_found(tmp_path) == 2
+
+
+@pytest.mark.parametrize("is_there", [False, True])
+def test_a_writer_killed_at_any_operation_leaves_a_whole_checkpoint(tmp_path: Path, is_there: bool) -> None:
+    start = tmp_path / "start"
+    _write(start, 2)
+    if is_there:  # damaged, and to be written anew
+        (_write(start, 4) / "ema.safetensors").write_bytes(b"damaged")
+    found = []
+    for number in itertools.count():
+        folder = tmp_path / str(number)
+        shutil.copytree(start, folder)
+
+        was_killed = killed_at(number, lambda folder=folder: _write(folder, 4, keep=1))  # type: ignore[misc]  # bound now
+
+        found.append(_step_found(folder) or 0)
+        clear_unfinished(folder)
+        _write(folder, 4, keep=1)
+        assert [path.name for path in folder.iterdir()] == ["step-00000004"]
+        assert _step_found(folder) == 4
+        if not was_killed:
+            break
+    assert found == sorted(found)
+    assert set(found) == {2, 4}
+    assert len(found) > 20
+
+
+def test_the_older_goes_only_after_the_newer_was_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _write(tmp_path, 2)
+    read = []
+    sha256_of = storage.sha256_of
+
+    def watch(path: Path, *, from_disk: bool = False) -> tuple[int, str]:
+        assert from_disk
+        assert path.parent.name.startswith("tmp-step-00000004.")  # it has no name yet that a run would find
+        assert checkpoint_steps(tmp_path) == [2]
+        read.append(path.name)
+        return sha256_of(path, from_disk=from_disk)
+
+    monkeypatch.setattr(storage, "sha256_of", watch)
+
+    _write(tmp_path, 4, keep=1)
+
+    assert sorted(read) == sorted(TENSOR_FILES)
+    assert checkpoint_steps(tmp_path) == [4]
+
+
+@pytest.mark.parametrize("n_failures", [1, 2])
+@pytest.mark.parametrize("failure", ["flipped", "unreadable"])
+def test_what_the_disk_does_not_give_back_is_written_once_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, n_failures: int, failure: str
+) -> None:
+    _write(tmp_path, 2)
+    sha256_of, left = storage.sha256_of, [n_failures]
+
+    def bad_disk(path: Path, *, from_disk: bool = False) -> tuple[int, str]:
+        if path.name == "optimizer.safetensors" and left[0]:
+            left[0] -= 1
+            if failure == "unreadable":
+                raise StorageError(f"{path}: cannot read: Input/output error")
+            data = bytearray(path.read_bytes())
+            data[-1] ^= 16
+            path.write_bytes(data)
+        return sha256_of(path, from_disk=from_disk)
+
+    monkeypatch.setattr(storage, "sha256_of", bad_disk)
+
+    if n_failures == 1:
+        _write(tmp_path, 4, keep=1)
+    else:
+        with pytest.raises(ChecksumError if failure == "flipped" else StorageError, match=r"optimizer\.safetensors"):
+            _write(tmp_path, 4, keep=1)
+
+    kept = 4 if n_failures == 1 else 2
+    assert "the disk does not give back what was written, which is written once more" in caplog.text
+    assert [path.name for path in tmp_path.iterdir()] == [f"step-{kept:08d}"]
+    assert _step_found(tmp_path) == kept
+
+
+def test_with_both_damaged_there_is_an_error_and_nothing_is_removed(tmp_path: Path) -> None:
+    (_write(tmp_path, 2) / "model.safetensors").write_bytes(b"")
+    (_write(tmp_path, 4) / "state.json").unlink()
+
+    with pytest.raises(DamageError, match="none of the 2 checkpoints is whole; remove them and start again"):
+        newest_checkpoint(tmp_path)
+
+    assert checkpoint_steps(tmp_path) == [2, 4]

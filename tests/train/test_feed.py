@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from proteus_cache.train.config import TrainConfig, config_from_mapping
+from proteus_cache.train.drop_path import draw_kept
 from proteus_cache.train.feed import DeviceBatch, DeviceClock, DeviceFeed, cut
 from proteus_cache.train.masking import draw_masks
 
@@ -62,15 +63,38 @@ def test_nothing_is_masked_without_a_patch_loss() -> None:
     assert batch.masked_MK.shape == (0, 0)
 
 
-@given(begin=st.integers(0, 5), size=st.integers(1, 9), n_parts=st.integers(1, 12))
-def test_parts_put_together_are_the_batch(begin: int, size: int, n_parts: int) -> None:
-    (batch,) = _feed(_config(), [_host_batch(0, begin, begin + size)])
+def test_branches_are_left_out_by_seed_step_and_position_alone() -> None:
+    first, second = _feed(_config(drop_path=0.5, student="vit_ti14"), [_host_batch(4, 0, 3), _host_batch(4, 3, 8)])
+
+    assert first.kept is not None
+    assert second.kept is not None
+    expected = draw_kept(3, 4, np.arange(8), drop_path=0.5, depth=12)
+    assert torch.equal(torch.cat((first.kept, second.kept)), torch.from_numpy(expected))
+
+
+def test_nothing_is_drawn_without_drop_path() -> None:
+    (batch,) = _feed(_config(), [_host_batch(0, 0, 4)])
+
+    assert batch.kept is None
+
+
+@given(
+    begin=st.integers(0, 5), size=st.integers(1, 9), n_parts=st.integers(1, 12), drop_path=st.sampled_from([0.0, 0.5])
+)
+def test_parts_put_together_are_the_batch(begin: int, size: int, n_parts: int, drop_path: float) -> None:
+    (batch,) = _feed(_config(drop_path=drop_path), [_host_batch(0, begin, begin + size)])
 
     parts = list(cut(batch, n_parts))
 
     assert len(parts) == min(n_parts, size)
     assert torch.equal(torch.cat([part.codes for part in parts]), batch.codes)
     assert torch.equal(torch.cat([part.masked_MK for part in parts]), batch.masked_MK)
+    kept = [part.kept for part in parts if part.kept is not None]
+    if drop_path > 0:
+        assert batch.kept is not None
+        assert torch.equal(torch.cat(kept), batch.kept)
+    else:
+        assert not kept
     for part in parts:
         odd = part.codes[part.first_odd :: 2, 0].tolist()
         assert len(odd) == len(part.masked_MK)

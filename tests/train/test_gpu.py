@@ -91,6 +91,7 @@ def test_no_step_waits_for_the_gpu(pack: Path, tmp_path: Path, monkeypatch: pyte
 
     for precision in ("fp32", "fp16", "bf16"):
         assert len(_train(pack, tmp_path / precision, precision=precision, accumulate=2)) == 6
+    assert len(_train(pack, tmp_path / "drop_path", drop_path=0.5, accumulate=2)) == 6
 
 
 @contextmanager

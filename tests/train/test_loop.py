@@ -189,7 +189,9 @@ def test_tensorboard_shows_the_same_numbers(pack: Path, tmp_path: Path) -> None:
 def _plain_losses(pack: Path, config: TrainConfig, step: int, model: nn.ModuleDict, mask_token: Tensor) -> Tensor:
     opened = open_pack(pack)
     plan = opened.training_order(seed=config.seed, batch_size=config.global_batch).batch(step)
-    samples = [opened.sample(f"v{plan.view_index:03d}", int(record)) for record in plan.records]
+    assert plan.view_indices is not None
+    entries = zip(plan.view_indices.tolist(), plan.records.tolist(), strict=True)
+    samples = [opened.sample(f"v{view:03d}", record) for view, record in entries]
     mean, std = torch.tensor(opened.teacher.mean), torch.tensor(opened.teacher.std)
     pixels = torch.stack([torch.from_numpy(sample.view) for sample in samples]).float() / 255
     pixels = ((pixels - mean) / std).permute(0, 3, 1, 2)

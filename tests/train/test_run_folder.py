@@ -58,7 +58,7 @@ def test_a_new_run_starts_an_empty_log(tmp_path: Path) -> None:
 
 
 def test_a_loss_that_is_off_is_null() -> None:
-    line = metric_line(3, 0, 1e-6, [2.5, 1.5, math.nan, 1.0])
+    line = metric_line(3, 0, 1e-6, [2.5, 1.5, math.nan, 1.0, math.nan])
 
     expected = {"step": 3, "epoch": 0, "lr": 1e-6, "loss": 2.5, "loss_token": 1.5, "loss_feature": None}
     assert line == expected | {"loss_patch": 1.0}

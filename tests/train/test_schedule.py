@@ -51,6 +51,20 @@ def test_rates_are_the_published_ones() -> None:
         assert learning_rate(config, epoch) == pytest.approx(rate, rel=1e-3)
 
 
+def test_cooldown_epochs_come_after_the_schedule_at_its_floor() -> None:
+    """As the released scheduler would go on, had the released loop let it."""
+    config = _config(batch_size=1024, epochs=12, cooldown_epochs=3)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=config.peak_lr)
+    scheduler = CosineLRScheduler(optimizer, t_initial=12, lr_min=1e-5, warmup_t=5, warmup_lr_init=1e-6)
+    rates = []
+    for epoch in range(15):
+        rates.append(optimizer.param_groups[0]["lr"])
+        scheduler.step(epoch)
+
+    assert [learning_rate(config, epoch) for epoch in range(15)] == pytest.approx(rates, rel=1e-12)
+    assert rates[13:] == [1e-5, 1e-5]
+
+
 def test_the_lag_can_be_left_out() -> None:
     config = _config(batch_size=1024, schedule_lag_epochs=0)
 

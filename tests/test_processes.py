@@ -31,6 +31,13 @@ def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"SLURM_ARRAY_TASK_ID": "5", "SLURM_ARRAY_TASK_COUNT": "4", "SLURM_ARRAY_TASK_MIN": "2"}, Worker(3, 4)),
         ({"SLURM_STEP_ID": "0", "SLURM_PROCID": "1", "SLURM_NTASKS": "2"}, Worker(1, 2)),
         ({"SLURM_PROCID": "0", "SLURM_NTASKS": "2"}, None),
+        (
+            {
+                **{"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_COUNT": "4", "SLURM_ARRAY_TASK_MIN": "1"},
+                **{"SLURM_STEP_ID": "0", "SLURM_PROCID": "5", "SLURM_NTASKS": "8"},
+            },
+            Worker(2 * 8 + 5, 4 * 8),
+        ),
     ],
 )
 def test_the_place_comes_from_the_launcher(

@@ -19,6 +19,7 @@ from proteus_cache.cli.extract import extract_command
 from proteus_cache.cli.fetch import fetch_command
 from proteus_cache.cli.info import info_command
 from proteus_cache.cli.pack import pack_command
+from proteus_cache.cli.pipeline import pipeline_command
 from proteus_cache.cli.plan import plan_command
 from proteus_cache.cli.train import train_command
 from proteus_cache.cli.verify import verify_command
@@ -46,7 +47,8 @@ class _Commands(TyperGroup):
             sys.exit(_report(error, given, list(self.commands)))
         if status == terminal.INTERRUPTED:  # while typer parsed: a command has its own last words
             forget_interruption()
-            terminal.complain("interrupted; nothing was begun")
+            if not terminal.is_stage():
+                terminal.complain("interrupted; nothing was begun")
         sys.exit(1 if status == terminal.INTERRUPTED else status or 0)
 
 
@@ -109,6 +111,7 @@ app.command("extract")(extract_command)
 app.command("pack")(pack_command)
 app.command("train")(train_command)
 app.command("eval")(evaluate_command)
+app.command("pipeline")(pipeline_command)
 app.command("info")(info_command)
 app.command("verify")(verify_command)
 app.command("fetch")(fetch_command)

@@ -69,8 +69,8 @@ def pack_command(
 
 def _views(value: str | None, cache: Path) -> list[str] | None:
     """Names of view indices; a number means the first so many, and the probe where there is one."""
-    from proteus_cache.cache.layout import PROBE, view_name
     from proteus_cache.cache.reader import open_cache
+    from proteus_cache.pack.plan import first_views
 
     chosen = settings.names(value, "views")
     if chosen is None:
@@ -79,8 +79,7 @@ def _views(value: str | None, cache: Path) -> list[str] | None:
         count = int(chosen[0])
         if not 1 <= count <= _MOST_VIEWS:
             raise UsageError(f"--views must be from 1 to {_MOST_VIEWS:,}, or names such as v000,v002, got {count}")
-        probe = [PROBE] if open_cache(cache).manifest.images.n_probe else []
-        return [view_name(index) for index in range(count)] + probe
+        return first_views(open_cache(cache), count)
     return list(chosen)
 
 

@@ -51,6 +51,7 @@ _LOST_OTHERS = ("DistBackendError", "DistNetworkError")
 """What torch.distributed raises; its other back end, gloo, raises a bare RuntimeError."""
 
 _arguments: ContextVar[tuple[str, ...] | None] = ContextVar("arguments", default=None)
+_is_stage: ContextVar[bool] = ContextVar("is_stage", default=False)
 
 
 @contextmanager
@@ -61,6 +62,21 @@ def started_with(arguments: Sequence[str]) -> Iterator[None]:
         yield
     finally:
         _arguments.reset(token)
+
+
+@contextmanager
+def as_stage() -> Iterator[None]:
+    """Inside, a command is a stage of a pipeline, which says itself how to go on after an interruption."""
+    token = _is_stage.set(True)
+    try:
+        yield
+    finally:
+        _is_stage.reset(token)
+
+
+def is_stage() -> bool:
+    """Whether a pipeline started this command."""
+    return _is_stage.get()
 
 
 def again_command(*flags: str, without: str | None = None) -> str | None:
@@ -137,7 +153,7 @@ class _Signals:
 def _leave_interrupted(again: str | None, go_on: tuple[str, ...] | None) -> NoReturn:
     forget_interruption()
     _end_children()
-    if again is None:
+    if again is None or is_stage():
         raise typer.Exit(INTERRUPTED) from None
     fail(f"interrupted; {again}{_how_to_go_on(go_on)}", 1)
 

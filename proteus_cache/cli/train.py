@@ -430,7 +430,7 @@ def _gap_lines(after_epoch: dict[str, Any] | None) -> list[str]:
     if not losses:
         return []
     stated = ", ".join(f"{kind.replace('_', '-')} {loss:.4g}" for kind, loss in losses.items())
-    return [f"losses after the last epoch: {stated} views", *(advice.text for advice in advise(losses))]
+    return [f"losses after the last epoch: {stated} views", *(advice.text for advice in advise(after_epoch or {}))]
 
 
 def _next_step(outcome: dict[str, Any]) -> str:

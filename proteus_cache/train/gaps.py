@@ -105,9 +105,9 @@ class Gaps:
         rows: list[list[float]] = totals.tolist()
         return dict(zip(self._chain.orders, rows, strict=True))
 
-    def warn(self, totals: Mapping[str, float]) -> None:
+    def warn(self, after_epoch: Mapping[str, float | None]) -> None:
         """Say what a gap asks for, once for each remedy."""
-        for advice in advise(totals):
+        for advice in advise(after_epoch):
             if advice.remedy not in self._warned:
                 self._warned.add(advice.remedy)
                 log.warning("%s", advice.text)

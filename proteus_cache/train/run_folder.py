@@ -172,20 +172,24 @@ def epoch_line(step: int, epoch: int, losses: Mapping[str, Sequence[float]]) -> 
     Args:
         step: counted from 1.
         epoch: counted from 0.
+        losses: as `epoch_losses` takes them.
+    """
+    return {"step": step, "epoch": epoch, **epoch_losses(losses)}
+
+
+def epoch_losses(losses: Mapping[str, Sequence[float]]) -> dict[str, float | None]:
+    """What was measured after an epoch, by name.
+
+    Args:
         losses: sum, token, feature, patch, block on each kind of views; NaN for a loss of weight 0.
 
     Returns:
         `seen`, `probe` and `held_out`: the sum, null for views that there are none of; and each loss that is on, as
-        `seen_token`, ...
+        `seen_token`, ... One that is not finite is null, or left out.
     """
-    line: dict[str, object] = {"step": step, "epoch": epoch} | dict.fromkeys(VIEW_KINDS)
+    named: dict[str, float | None] = dict.fromkeys(VIEW_KINDS)
     for kind, values in losses.items():
         for name, value in zip(LOSS_NAMES, values, strict=True):
-            if not math.isnan(value):
-                line[kind + name.removeprefix("loss")] = value
-    return line
-
-
-def is_epoch_line(line: Mapping[str, object]) -> bool:
-    """Whether a line of `metrics.jsonl` is of an epoch, not of a step."""
-    return VIEW_KINDS[0] in line
+            if math.isfinite(value):
+                named[kind + name.removeprefix("loss")] = value
+    return named

@@ -27,7 +27,7 @@ from proteus_cache.train.masking import n_masked_images
 from proteus_cache.train.memory import dry_step, smaller_parts
 from proteus_cache.train.progress import Progress, RateMeter, ReportProgress
 from proteus_cache.train.record import RunRecord, StepResult
-from proteus_cache.train.run_folder import CHECKPOINTS, LOSS_NAMES
+from proteus_cache.train.run_folder import CHECKPOINTS, LOSS_NAMES, epoch_losses
 from proteus_cache.train.schedule import learning_rate
 from proteus_cache.train.source import n_patches
 from proteus_cache.train.state import TrainingState, scaler_of, tensors_of
@@ -174,7 +174,7 @@ class Steps:
         if self._record is not None:
             self._record.write_epoch(done, epoch, losses)
         if self._run.accelerator.is_main_process:
-            self._gaps.warn(self._totals)
+            self._gaps.warn(epoch_losses(losses))
         self._meter.restart()
 
     def _stops_alone(self) -> bool:

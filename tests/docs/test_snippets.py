@@ -56,6 +56,7 @@ OPTIONS: Final = (
     (r"--batch-size (?!8 )\d+", "--batch-size 8"),
     (r"proteus-cache eval(.*)--teacher +dinov2_\w+", r"proteus-cache eval\1--teacher demo"),
     (r"proteus-cache eval\b", "proteus-cache eval --workers 1"),
+    (r"--protocol linear\b", "--protocol linear --probe-steps 4"),
 )
 """The same for commands and Python alone, before `NAMES`."""
 
@@ -69,13 +70,13 @@ SMALL_DEMO: Final = {
 }
 """Constants of the demo, so that it takes seconds: fewer images and steps of everything."""
 
-NOT_RUN: Final = {"docs/demo.md": 1, "docs/guide.md": 3, "docs/quickstart.md": 1}
+NOT_RUN: Final = {"docs/demo.md": 1, "docs/guide.md": 4, "docs/pipelines.md": 2, "docs/quickstart.md": 1}
 """Page to the number of blocks that are marked as not run; no page has more."""
 
 _RUN = ("bash", "python")
 _SHOWN = ("text", "json", "yaml")
 _STATE = ".session"
-_BLOCK_S = 120
+_BLOCK_S = 540
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +154,8 @@ def test_every_block_of_a_page_runs(page: Path, server: CommandServer, given: Pa
     if not any(block.language in _RUN and block.not_run is None for block in blocks):
         pytest.skip("nothing to run on this page")
     shutil.copytree(given, tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns(_STATE))
-    (tmp_path / "docs").symlink_to(ROOT / "docs")
+    for name in ("docs", "pipelines"):
+        (tmp_path / name).symlink_to(ROOT / name)
     shell, printed = Shell(server, tmp_path), ""
     for block in blocks:
         if block.is_output:

@@ -223,10 +223,11 @@ def test_a_gap_is_said_once(
         ({"seen": 1.0, "held_out": 1.3}, ["more views or more images"]),
         ({"seen": 1.0, "probe": 1.3}, ["more views"]),
         ({"seen": 1.0, "held_out": 1.0}, []),
+        ({"seen": 1.0, "seen_token": 0.1, "probe": 1.03, "probe_token": 0.13, "held_out": None}, ["more views"]),
         ({}, []),
     ],
 )
-def test_gaps_ask_for_views_or_images(losses: dict[str, float], remedies: list[str]) -> None:
+def test_gaps_ask_for_views_or_images(losses: dict[str, float | None], remedies: list[str]) -> None:
     advice = advise(losses)
 
     assert [one.remedy for one in advice] == remedies

@@ -23,8 +23,8 @@ _FIELDS = (
 )
 _LIVE_FIELDS = {"weights": "teacher_weights", "size": "size_px"}
 """Flags whose setting has another name in a config file, where it stands beside those of the student."""
-_PATIENCE_S = 120.0
-"""Several processes stop where they meet, up to `log_every` steps on, and then write a checkpoint."""
+_PATIENCE_S = 600.0
+"""Several processes stop where they meet: up to `log_every` steps on, or after a measurement; then they save."""
 _WHAT = "Student and data"
 _RECIPE = "Recipe"
 _LIVE = "Live teacher"
@@ -268,6 +268,8 @@ def _run(chosen: dict[str, Any], gpus: Any, resume: bool, yes: bool, where: _Giv
     if not is_fresh:
         data = find_training_data(home, given_data)
         if data.cache is not None:
+            if chosen.get("live"):
+                _check_teacher_of(data.cache, str(chosen["teacher"]))
             _pack_first(data.cache, data.pack, launched)
         chosen["data"] = data.pack
     config = config_from_mapping(chosen, where.file, where.flags)
@@ -290,6 +292,19 @@ def _run(chosen: dict[str, Any], gpus: Any, resume: bool, yes: bool, where: _Giv
             raise
         return _outcome(config, str(interruption) or "a signal")
     return _outcome(config, None)
+
+
+def _check_teacher_of(cache: Path, teacher: str) -> None:
+    """Refuse to replay a cache by another teacher before it is packed; its weights are compared later."""
+    from proteus_cache.cache.reader import open_cache
+    from proteus_cache.errors import UsageError
+
+    made_by = open_cache(cache).manifest.teacher
+    if made_by.name != teacher:
+        raise UsageError(
+            f"{cache}: was made by {made_by.name} ({made_by.weights_source}), and the live teacher is {teacher}; a "
+            "replay needs the same: give its --teacher and --weights"
+        )
 
 
 def _pack_first(cache: Path, pack: Path, launched: Any) -> None:

@@ -13,8 +13,8 @@ import yaml
 
 from proteus_cache import storage
 from proteus_cache.cache.reader import is_cache, open_cache
-from proteus_cache.demo.scenes import CLASSES
-from proteus_cache.errors import ConfigError, StorageError
+from proteus_cache.demo.scenes import CLASSES, is_scene
+from proteus_cache.errors import ConfigError, StorageError, UsageError
 from proteus_cache.pack.plan import first_views, plan_pack, plan_path
 from proteus_cache.pack.reader import is_pack, open_pack
 from proteus_cache.pipeline.document import Draw, Extract, Pack
@@ -47,6 +47,14 @@ def is_finished(stage: Stage, stages: list[Stage]) -> bool:
 def _is_drawn(stage: Stage) -> bool:
     assert isinstance(stage.section, Draw)
     last = stage.section.per_class - 1
+    for label, name in enumerate(CLASSES):
+        first = stage.out / name / f"{name}_0000.jpg"
+        n_images = len(list((stage.out / name).glob("*.jpg")))
+        if n_images > last + 1 or (first.is_file() and not is_scene(first, label, stage.section.seed)):
+            raise UsageError(
+                f"{stage.out}: holds other images than {stage.section.per_class} a class of seed {stage.section.seed}; "
+                "remove the folder, or draw to another"
+            )
     return all((stage.out / name / f"{name}_{last:04d}.jpg").is_file() for name in CLASSES)
 
 
@@ -146,7 +154,7 @@ def _settings(config: TrainConfig, asked: TrainConfig) -> dict[str, object]:
     }
     return kept | {
         "max_steps": config.max_steps,
-        "images": None if config.images is None else str(config.images),
+        "precision": None if asked.precision is None else config.precision,  # a run writes down the one it took
         "teacher_weights": config.teacher_weights,
     }
 

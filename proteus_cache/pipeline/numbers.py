@@ -168,12 +168,11 @@ class Reckoner:
                 f"an epoch of {n_images:,} images is smaller than a batch of {config.global_batch:,}; "
                 "set a smaller batch_size"
             )
-        n_steps = config.epochs * per_epoch
         each = 0.0 if pack is None else self._pack_size(pack, outline).packed_bytes_per_view
         size = TrainingSize(
             views_per_epoch=n_drawn,
             batch_size=config.global_batch,
-            n_steps=n_steps if config.max_steps is None else min(n_steps, config.max_steps),
+            n_steps=config.n_steps(per_epoch),
             bytes_per_view=each,
         )
         return self._of_steps(config, outline, size)

@@ -25,7 +25,7 @@ from proteus_cache.pipeline.finished import is_finished
 from proteus_cache.pipeline.stages import Stage, to_json
 from proteus_cache.processes import worker_from_environment
 
-_PATIENCE_S = 150.0
+_PATIENCE_S = 630.0
 """For a stage that is stopped: several processes train up to `log_every` steps on and then write a checkpoint."""
 
 

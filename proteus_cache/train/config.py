@@ -26,7 +26,7 @@ Setting: TypeAlias = str | int | float | bool | None
 """A field as YAML and JSON hold it."""
 _FREE_FIELDS = frozenset(
     {
-        *("data", "images", "teacher_weights", "init"),  # their digests are compared
+        *("data", "teacher_weights", "init"),  # their digests are compared
         *("out", "max_steps", "workers", "device", "precision", "accumulate", "compile"),
         *("checkpoint_every", "keep_checkpoints", "log_every", "evaluate_every"),
     }
@@ -202,6 +202,11 @@ class TrainConfig:
         if self.batch_size is not None:
             return self.batch_size
         return student_size(self.student).batch_size
+
+    def n_steps(self, steps_per_epoch: int) -> int:
+        """Steps at which a run is finished."""
+        whole = (self.epochs + self.cooldown_epochs) * steps_per_epoch
+        return whole if self.max_steps is None else min(whole, self.max_steps)
 
     @property
     def peak_lr(self) -> float:

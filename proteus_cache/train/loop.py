@@ -32,7 +32,7 @@ from proteus_cache.train.devices import make_accelerator, ranks_here, resolve_de
 from proteus_cache.train.fresh import open_fresh
 from proteus_cache.train.gaps import Gaps
 from proteus_cache.train.model import build_distillation
-from proteus_cache.train.planning import check_space, plan_for_data, steps_of
+from proteus_cache.train.planning import check_space, plan_for_data
 from proteus_cache.train.progress import ReportProgress
 from proteus_cache.train.record import RunRecord
 from proteus_cache.train.run_folder import CHECKPOINTS, check_run_folder, clear_leftovers, files_to_replace
@@ -155,7 +155,7 @@ def prepare_run(config: TrainConfig, data: TrainingData, accelerator: Accelerato
     bare = build_distillation(config, student, teacher_width=teacher.width, mean=mean, std=std, blocks=blocks)
     state = make_state(bare, config, accelerator)
     data.to(accelerator.device, precision)
-    return Run(config, accelerator, precision, data, state, steps_of(config, data.order))
+    return Run(config, accelerator, precision, data, state, config.n_steps(data.order.steps_per_epoch))
 
 
 def _resume(run: Run) -> int:

@@ -72,7 +72,7 @@ def _plan(
         size=TrainingSize(
             views_per_epoch=order.n_samples,
             batch_size=config.global_batch,
-            n_steps=steps_of(config, order),
+            n_steps=config.n_steps(order.steps_per_epoch),
             bytes_per_view=bytes_per_view,
         ),
         checkpoint_bytes=checkpoint,
@@ -82,12 +82,6 @@ def _plan(
         gpu=None if gpu is None else gpu.title,
         rate=None if gpu is None else gpu.rate(config.student, shape, passes),
     )
-
-
-def steps_of(config: TrainConfig, order: TrainingOrder) -> int:
-    """Steps at which a run is finished."""
-    whole = (config.epochs + config.cooldown_epochs) * order.steps_per_epoch
-    return whole if config.max_steps is None else min(whole, config.max_steps)
 
 
 def check_space(config: TrainConfig, plan: TrainPlan) -> None:

@@ -14,6 +14,7 @@ from typing import NoReturn, Protocol
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 from proteus_cache.devices import or_explain
@@ -170,6 +171,13 @@ class Steps:
         """The losses after an epoch, on views of every kind; all processes take part."""
         assert self._gaps is not None
         losses = self._gaps.measure()
+        bad = [kind for kind, values in losses.items() if not math.isfinite(values[0])]
+        if bad:
+            raise ProteusCacheError(
+                f"after epoch {epoch} (step {done:,}) the loss on {bad[0].replace('_', '-')} views is not finite: "
+                f"the student has diverged; {self._newest(done)}. Start again with a lower --lr or with --precision "
+                "fp32, in another --out"
+            )
         self._totals = {kind: values[0] for kind, values in losses.items()}
         if self._record is not None:
             self._record.write_epoch(done, epoch, losses)
@@ -234,18 +242,26 @@ class Steps:
             )
 
     def _end_not_finite(self, result: StepResult, losses: list[float]) -> NoReturn:
-        """Keep what there is to look at, and end the run."""
+        """Keep what there is to look at, and end the run; all processes wait until it is kept."""
         run = self._run
         parts = zip(LOSS_NAMES[1:], losses[1:], run.config.loss_weights, strict=True)
         stated = ", ".join(f"{name.removeprefix('loss_')} {value:g}" for name, value, weight in parts if weight > 0)
-        suspects = ""
+        suspects = [""]
         if self._record is not None:
-            suspects = self._record.write_not_finite(result, losses, scaler_of(run.state))
-        saved = f"the checkpoint of step {self._saved:,} is good" if self._saved else "there is no checkpoint yet"
+            suspects = [self._record.write_not_finite(result, losses, scaler_of(run.state))]
+        if run.accelerator.num_processes > 1:
+            broadcast_object_list(suspects)
         raise ProteusCacheError(
-            f"the loss of step {result.step:,} is not finite ({stated}){suspects}; {saved}. Start again with a lower "
-            "--lr or with --precision fp32, in another --out"
+            f"the loss of step {result.step:,} is not finite ({stated}){suspects[0]}; {self._newest(result.step - 1)}. "
+            "Start again with a lower --lr or with --precision fp32, in another --out"
         )
+
+    def _newest(self, step: int) -> str:
+        """What there is to go on from, when the weights after a step gave a loss that is not finite."""
+        if not self._saved:
+            return "there is no checkpoint yet"
+        newest = f"the newest checkpoint is of step {self._saved:,}"
+        return f"{newest}, whose weights gave it" if self._saved == step else newest
 
     def _save(self, done: int) -> None:
         """Write a checkpoint of the steps done, and make the logs up to it durable."""

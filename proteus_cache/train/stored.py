@@ -129,23 +129,24 @@ class StoredData:
         samples: list[dict[str, object]] = []
         for position, (index, record) in enumerate(zip(plan.view_indices.tolist(), plan.records.tolist(), strict=True)):
             sample = self._pack.sample(view_name(index), record)
-            tokens = [sample.targets[name] for name in self._names]
-            samples.append(
-                {
-                    "position": position,
-                    "key": sample.key,
-                    "view": view_name(index),
-                    "record": record,
-                    "is_finite": all(bool(np.isfinite(values).all()) for values in tokens),
-                    "largest": max(float(np.abs(np.nan_to_num(values)).max()) for values in tokens),
-                }
-            )
+            tokens = [sample.targets[name] for name in self._names if self._live is None]
+            place: dict[str, object] = {
+                "position": position,
+                "key": sample.key,
+                "view": view_name(index),
+                "record": record,
+            }
+            if tokens:
+                place["is_finite"] = all(bool(np.isfinite(values).all()) for values in tokens)
+                place["largest"] = max(float(np.abs(np.nan_to_num(values)).max()) for values in tokens)
+            samples.append(place)
         return samples
 
     def to(self, device: torch.device, precision: Precision) -> None:
         self._decoder.to(device)
         if self._live is not None:
-            self._live.to(device, precision)
+            # The precision that the stored targets were made in; training's own may be another one.
+            self._live.to(device, self._pack.teacher.precision if device.type == "cuda" else "fp32")
 
     def targets_of(self, part: DeviceBatch) -> dict[str, Tensor]:
         if self._live is not None:
@@ -184,6 +185,11 @@ def open_stored(config: TrainConfig, home: Path) -> StoredData:
         return StoredData(config, pack)
     check_targets(pack, config)
     assert config.teacher is not None  # the config sees to it
+    if config.teacher != pack.teacher.name:
+        raise UsageError(
+            f"{pack.path}: was made by {pack.teacher.name} ({pack.teacher.weights_source}), and the live teacher is "
+            f"{config.teacher}; a replay needs the same: give its --teacher and --weights"
+        )
     teacher = load_teacher(config.teacher, weights=config.teacher_weights, home=home, size_px=pack.side_px)
     _check_same_teacher(pack, teacher)
     return StoredData(config, pack, teacher)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from proteus_cache.demo.scenes import CLASSES, SIDE_PX, draw_scene, write_scenes
+from proteus_cache.demo.scenes import CLASSES, SIDE_PX, draw_scene, is_scene, write_scenes
 from proteus_cache.images import list_images
 
 
@@ -15,6 +15,15 @@ def test_a_scene_is_a_function_of_class_and_seed() -> None:
 
     assert np.array_equal(first.pixels, again.pixels)
     assert not np.array_equal(first.pixels, other.pixels)
+
+
+def test_a_file_tells_the_seed_of_its_set(tmp_path: Path) -> None:
+    write_scenes(tmp_path, per_class=1, seed=3)
+
+    files = [(label, tmp_path / name / f"{name}_0000.jpg") for label, name in enumerate(CLASSES)]
+
+    assert all(is_scene(file, label, 3) for label, file in files)
+    assert not any(is_scene(file, label, seed) for label, file in files for seed in (0, 1, 2, 4))
 
 
 @pytest.mark.parametrize("label", range(len(CLASSES)))

@@ -234,6 +234,32 @@ def test_gaps_ask_for_views_or_images(losses: dict[str, float | None], remedies:
     assert all(one.gap > THRESHOLD and one.text.startswith(one.remedy) for one in advice)
 
 
+def test_a_student_that_diverged_in_the_last_step_of_an_epoch_is_no_result(pack: Path, tmp_path: Path) -> None:
+    config = _config(pack, tmp_path / "run", batch_size=20, lr=1e30, warmup_epochs=0)  # one step an epoch
+
+    with pytest.raises(
+        ProteusCacheError, match=r"after epoch 0 \(step 1\) the loss on seen views is not finite: the student"
+    ):
+        train(config)
+
+    assert not (config.out / "student.safetensors").exists()
+    assert _epochs(config.out) == []
+
+
+@pytest.mark.slow
+def test_processes_wait_until_the_samples_of_a_bad_loss_are_kept(
+    pack: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = _config(pack, tmp_path / "run", lr=1e30, warmup_epochs=0)
+
+    assert start_ranks(2, _train_rank, config) == 1
+
+    assert len(json.loads((config.out / "not-finite.json").read_text())["samples"]) == 4
+    said = [line for line in capfd.readouterr().err.splitlines() if "the loss of step 2 is not finite" in line]
+    assert said
+    assert all("its 4 samples are named in" in line for line in said)
+
+
 def test_a_target_that_is_not_finite_is_named(pack: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = _config(pack, tmp_path / "run")
     broken = StoredData(config, open_pack(pack)).order.batch(6)
@@ -261,7 +287,7 @@ def test_a_target_that_is_not_finite_is_named(pack: Path, tmp_path: Path, monkey
     message = str(caught.value)
     assert message.startswith("the loss of step 7 is not finite (token ")
     assert f"the targets of {key} are not finite" in message
-    assert "the checkpoint of step 6 is good" in message
+    assert "the newest checkpoint is of step 6, whose weights gave it" in message
     document = json.loads((config.out / "not-finite.json").read_text())
     assert document["step"] == 7
     assert document["samples"][0]["key"] == key

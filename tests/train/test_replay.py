@@ -125,6 +125,13 @@ def test_another_teacher_than_the_one_that_made_the_pack_is_refused(folder: Path
     assert not (tmp_path / "run").exists()
 
 
+def test_another_teachers_name_is_refused_before_its_weights_are_looked_for(folder: Path, tmp_path: Path) -> None:
+    live = {"live": True, "teacher": "dinov2_vits14"}
+
+    with pytest.raises(UsageError, match="was made by vit .*, and the live teacher is dinov2_vits14; a replay needs"):
+        train(_config(folder, "int8", tmp_path / "run", **live))
+
+
 def test_masks_and_batches_do_not_depend_on_where_targets_come_from(folder: Path, tmp_path: Path) -> None:
     """The first loss of the patch objective is computed from the same patches."""
     train(_config(folder, "float32", tmp_path / "cached", max_steps=1))

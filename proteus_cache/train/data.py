@@ -7,17 +7,16 @@ which proves that both train the same student) or for fresh views of images (`fr
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self
 
 import torch
 from torch import Tensor
 
-from proteus_cache.cache.manifest import TeacherRecord
 from proteus_cache.pack.order import Order, SequentialOrder
 from proteus_cache.teachers.teacher import Precision
 from proteus_cache.train.feed import DeviceBatch, HostBatch
+from proteus_cache.train.source import TargetSource
 
 
 class TrainingOrder(Order, Protocol):
@@ -54,24 +53,8 @@ class BatchReader(Protocol):
     ) -> None: ...
 
 
-class TrainingData(Protocol):
+class TrainingData(TargetSource, Protocol):
     """One source of batches and targets."""
-
-    @property
-    def path(self) -> Path:
-        """Where it lies, for messages."""
-
-    @property
-    def teacher(self) -> TeacherRecord:
-        """Who says, or said, the targets."""
-
-    @property
-    def side_px(self) -> int:
-        """Of a view."""
-
-    @property
-    def target_shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Targets that there are, with the shape of each for one view."""
 
     @property
     def identity(self) -> Mapping[str, str]:

@@ -192,7 +192,8 @@ def train_command(
     outcome = _run(chosen, asked_gpus, resume, yes, _Given(str(config or "train"), on_command_line))
     if _is_first():
         terminal.result(as_json, outcome, _lines(outcome), _next_step(outcome))
-    if outcome["stopped_by"] is not None:
+    # Of ranks that a launcher started the first alone says so: `srun --kill-on-bad-exit` would not let it finish.
+    if outcome["stopped_by"] is not None and _is_first():
         raise typer.Exit(1)
 
 

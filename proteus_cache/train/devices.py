@@ -17,6 +17,7 @@ from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulation
 from proteus_cache.errors import UsageError
 from proteus_cache.train.config import Precision, TrainConfig
 
+_ended_groups: list[object] = []
 _ACCELERATE_NAMES = {"fp32": "no", "fp16": "fp16", "bf16": "bf16"}
 
 
@@ -71,6 +72,17 @@ def make_accelerator(device: str, precision: Precision) -> Accelerator:
         kwargs_handlers=[ddp],
         step_scheduler_with_optimizer=False,
     )
+
+
+def end_run(accelerator: Accelerator) -> None:
+    """End a run that came to its end in every process; the next one in this process may have other ranks.
+
+    The process group is kept alive until the process ends. What takes it apart joins gloo's thread with the interpreter
+    lock in hand, and that thread may be waiting for the lock, to drop the tensors of the last reduction or barrier.
+    """
+    if accelerator.num_processes > 1:
+        _ended_groups.append(torch.distributed.group.WORLD)
+    accelerator.end_training()
 
 
 def ranks_here(accelerator: Accelerator) -> int:

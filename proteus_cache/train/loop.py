@@ -28,7 +28,7 @@ from proteus_cache.train.checkpoint import (
 )
 from proteus_cache.train.config import Precision, TrainConfig
 from proteus_cache.train.data import BatchReader, TrainingData
-from proteus_cache.train.devices import make_accelerator, ranks_here, resolve_device, resolve_precision
+from proteus_cache.train.devices import end_run, make_accelerator, ranks_here, resolve_device, resolve_precision
 from proteus_cache.train.fresh import open_fresh
 from proteus_cache.train.gaps import Gaps
 from proteus_cache.train.model import build_distillation
@@ -117,15 +117,13 @@ def train(
         first_step = _resume(run) if resume else 0
         accelerator.wait_for_everyone()
         result = _train(run, first_step, progress)
-        # All end together. This wait also gives up the interpreter lock, which gloo's threads need to drop the tensors
-        # of the last reduction: a rank that took its process group apart at once would join them while holding it.
         accelerator.wait_for_everyone()
     except BaseException:
         # After a failure the others may be gone, and taking the process group apart could wait for them for ever.
         if accelerator.num_processes == 1:
             accelerator.end_training()
         raise
-    accelerator.end_training()
+    end_run(accelerator)
     return result
 
 

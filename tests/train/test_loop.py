@@ -546,7 +546,7 @@ def test_a_missing_gpu_is_named(pack: Path, tmp_path: Path) -> None:
 
 def test_a_loss_that_is_not_finite_ends_the_run(pack: Path, tmp_path: Path) -> None:
     with pytest.raises(
-        ProteusCacheError, match=r"the loss of step \d is not finite \(token .*the checkpoint of step 1"
+        ProteusCacheError, match=r"the loss of step \d is not finite \(token .*the newest checkpoint is of step 1"
     ):
         train(_config(pack, tmp_path, warmup_lr=1e30, checkpoint_every=1))
 

@@ -212,6 +212,18 @@ def test_a_pipe_gets_no_progress_of_short_work() -> None:
     assert (outcome.stdout, outcome.stderr) == (b"", b"")
 
 
+def _is_gone(process: int) -> bool:
+    """Whether a process ends within seconds: one that was killed has a number until its new parent asks for it."""
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        try:
+            os.kill(process, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.01)
+    return False
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_gives_one_line_and_exit_1_and_leaves_no_child(number: signal.Signals) -> None:
     process = subprocess.Popen(
@@ -224,8 +236,7 @@ def test_a_signal_gives_one_line_and_exit_1_and_leaves_no_child(number: signal.S
     _, errors = process.communicate(timeout=20)
 
     assert (process.returncode, errors) == (1, "proteus-cache: interrupted; run it again\n")
-    with pytest.raises(ProcessLookupError):
-        os.kill(child, 0)
+    assert _is_gone(child)
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")

@@ -36,7 +36,8 @@ def sleeper():
     child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
     child.start()
     print(child.pid, flush=True)
-    child.join()
+    while child.is_alive():  # a signal that comes right before a wait without end is seen only after it
+        child.join(0.1)
 
 try:
     sleeper()

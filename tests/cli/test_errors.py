@@ -66,7 +66,7 @@ MISTAKES: list[tuple[str, str]] = [
     ("extrct", r"unknown command 'extrct'; did you mean extract\? See proteus-cache --help"),
     ("frobnicate", "unknown command 'frobnicate'; choose .*extract.*; see proteus-cache --help"),
     ("extract --teachr vit", r"no such option --teachr; did you mean --teacher\? See proteus-cache extract --help"),
-    ("train --batchsize 8", r"no such option --batchsize; did you mean --batch-size"),
+    ("train --batchsize 8", r"no such option --batchsize; did you mean --batch-size or --size\?"),
     ("extract --xyzzy", "no such option --xyzzy; see proteus-cache extract --help"),
     ("extract --views", "--views.* see proteus-cache extract --help"),
     ("extract --views two", "--views takes a whole number, got 'two'; see proteus-cache extract --help"),

@@ -8,7 +8,7 @@ import sys
 import torch
 from torch import Tensor
 
-from proteus_cache.codecs.codec import Codec
+from proteus_cache.codecs.codec import Codec, read_as
 from proteus_cache.codecs.record import CodecRecord
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16}
@@ -36,7 +36,7 @@ class DenseCodec(Codec):
 
     def decode(self, codes: Tensor) -> Tensor:
         """(B, code_bytes) uint8 to (B, *shape) float32."""
-        return codes.contiguous().view(self.dtype).to(torch.float32).reshape(codes.shape[0], *self.shape)
+        return read_as(codes, self.dtype).to(torch.float32).reshape(codes.shape[0], *self.shape)
 
     def parameters_blob(self) -> None:
         """None: there are no parameters."""
@@ -45,7 +45,7 @@ class DenseCodec(Codec):
     def record(self) -> CodecRecord:
         """What a manifest keeps of this codec."""
         return CodecRecord(
-            name=self.name,  # type: ignore[arg-type]  # one of _DTYPES, checked by pydantic
+            name=self.name,
             code_bytes=self.code_bytes,
             parameters=None,
             array_dtype=self.name,  # type: ignore[arg-type]  # likewise

@@ -6,13 +6,17 @@ from typing import Literal
 
 from pydantic import Field
 
+from proteus_cache.codecs.names import NAME_PATTERN
 from proteus_cache.documents import Document
 
 
 class CodecRecord(Document):
     """One codec of one target: enough to find its parameters and to lay out its Zarr array."""
 
-    name: Literal["float32", "float16", "int8"]
+    name: str = Field(pattern=NAME_PATTERN)
+    """As asked for, for example "int8" or "klt:20dB"."""
+    layout: int = Field(default=1, ge=1)
+    """Version of the meaning of its codes; any change to decoded values raises it, and other ones are refused."""
     code_bytes: int = Field(gt=0, le=64 << 20)
     """Bytes of one view's codes."""
     parameters: str | None = Field(pattern=r"^[0-9a-f]{64}$")

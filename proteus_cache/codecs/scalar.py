@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from proteus_cache.codecs.codec import Codec
+from proteus_cache.codecs.codec import Codec, read_as
 from proteus_cache.codecs.record import CodecRecord
 from proteus_cache.errors import FormatError
 
@@ -94,7 +94,7 @@ class Int8Codec(Codec):
     def decode(self, codes: Tensor) -> Tensor:
         """(B, code_bytes) uint8 to (B, *shape) float32."""
         batch = codes.shape[0]
-        step = codes[:, : 2 * self.n_tokens].contiguous().view(torch.float16).float()
+        step = read_as(codes[:, : 2 * self.n_tokens], torch.float16).float()
         levels = codes[:, 2 * self.n_tokens :].reshape(batch, self.n_tokens, self.width).view(torch.int8)
         tokens = levels * step.unsqueeze(-1)
         return torch.addcmul(self.mean, tokens, self.scale).reshape(batch, *self.shape)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 
-from proteus_cache.losses import feature_loss, patch_loss, token_loss
+from proteus_cache.losses import Components, block_loss, feature_loss, patch_loss, token_loss
 from proteus_cache.students.heads import build_heads
 
 _GOLDEN_HEADS = {"token": "token_head", "feature": "fea_head", "patch": "patch_head"}
@@ -85,6 +85,40 @@ def test_a_share_without_masked_images_adds_nothing_and_still_has_gradients() ->
 
     assert loss.item() == 0
     assert all(parameter.grad is not None and not parameter.grad.any() for parameter in heads.parameters())
+
+
+# Tokens of which some directions are unknown.
+
+
+@given(n_lead=st.integers(0, 2), n_kept=st.integers(1, 6), n_images=st.integers(0, 4), seed=st.integers(0, 100))
+def test_unknown_components_count_as_exact(n_lead: int, n_kept: int, n_images: int, seed: int) -> None:
+    """The mean runs over all 6 channels, as if predicted and true were the same along the others."""
+    torch.manual_seed(seed)
+    predicted, target = torch.randn(2, n_images, 5, 6, dtype=torch.float64)
+    predicted[:, n_lead:, n_kept:] = target[:, n_lead:, n_kept:]
+    known = [Components(tokens[:, :n_lead], tokens[:, n_lead:, :n_kept]) for tokens in (predicted, target)]
+
+    losses = [
+        patch_loss(known[0], known[1], n_images=3.5),
+        feature_loss(predicted[:, 0], known[0], target[:, 0], known[1], n_images=3.5),
+        block_loss([known[0], predicted], [known[1], target], n_images=3.5),
+    ]
+
+    expected = [
+        patch_loss(predicted, target, n_images=3.5),
+        feature_loss(predicted[:, 0], predicted, target[:, 0], target, n_images=3.5),
+        block_loss([predicted, predicted], [target, target], n_images=3.5),
+    ]
+    torch.testing.assert_close(losses, expected, atol=1e-12, rtol=1e-12)
+
+
+def test_a_share_without_masked_images_adds_nothing_along_components_either() -> None:
+    predicted = Components(torch.empty(0, 0, 5), torch.empty(0, 2, 3, requires_grad=True))
+
+    loss = patch_loss(predicted, Components(torch.empty(0, 0, 5), torch.empty(0, 2, 3)), n_images=4)
+    loss.backward()  # type: ignore[no-untyped-call]  # untyped in torch
+
+    assert loss.item() == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -7,9 +7,11 @@ initialisation; used even when the widths are equal. A block target of the optio
 from __future__ import annotations
 
 import hashlib
+from typing import cast
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 HEAD_NAMES = ("token", "feature", "patch")
 """Those of Proteus, in its order."""
@@ -47,6 +49,45 @@ def build_heads(
             norm = nn.LayerNorm(student_width, eps=norm_eps)
             heads[name] = nn.Sequential(norm, nn.Linear(student_width, teacher_width))
     return heads
+
+
+def predict_components(head: nn.Module, tokens_BNd: Tensor, mean_D: Tensor, vectors_DK: Tensor) -> Tensor:
+    """What a head says of tokens, along some directions only.
+
+    The directions are folded into the linear layer, in the precision of its weights, whatever autocast says: W' = Vᵀ W
+    and b' = Vᵀ (b - mean). So no (B, N, D) output is computed, and no second product with the tokens.
+
+    Args:
+        head: that `build_heads` made.
+        tokens_BNd: of the student.
+        mean_D: subtracted from what the head says.
+        vectors_DK: orthonormal columns V.
+
+    Returns:
+        (B, N, K): Vᵀ (head(token) - mean).
+    """
+    norm, linear = cast(tuple[nn.LayerNorm, nn.Linear], tuple(cast(nn.Sequential, head)))
+    with torch.autocast(tokens_BNd.device.type, enabled=False):
+        turn = vectors_DK.to(linear.weight.dtype).T
+        weight, bias = turn @ linear.weight, turn @ (linear.bias - mean_D)
+    return F.linear(norm(tokens_BNd), weight, bias)
+
+
+def keep_components(head: dict[str, Tensor], mean_D: Tensor, vectors_DK: Tensor) -> dict[str, Tensor]:
+    """The same head along given directions, and one that says the mean along all others.
+
+    Args:
+        head: its state: `0.weight`, `0.bias` of the norm and `1.weight`, `1.bias` of the linear layer.
+        mean_D: of the teacher's tokens.
+        vectors_DK: orthonormal columns.
+    """
+    vectors, mean = (tensor.to(head["1.weight"].device).double() for tensor in (vectors_DK, mean_D))
+    weight, bias = head["1.weight"].double(), head["1.bias"].double()
+    kept = {
+        "1.weight": vectors @ (vectors.T @ weight),
+        "1.bias": mean + vectors @ (vectors.T @ (bias - mean)),
+    }
+    return head | {name: tensor.to(head[name].dtype) for name, tensor in kept.items()}
 
 
 def _seed_of(name: str, seed: int) -> int:

@@ -11,12 +11,13 @@ from types import TracebackType
 from typing import Protocol, Self
 
 import torch
-from torch import Tensor
 
+from proteus_cache.codecs.codec import Basis
 from proteus_cache.pack.order import Order, SequentialOrder
 from proteus_cache.teachers.teacher import Precision
 from proteus_cache.train.feed import DeviceBatch, HostBatch
 from proteus_cache.train.source import TargetSource
+from proteus_cache.train.targets import Target
 
 
 class TrainingOrder(Order, Protocol):
@@ -69,6 +70,10 @@ class TrainingData(TargetSource, Protocol):
         """For config.yaml."""
 
     @property
+    def bases(self) -> Mapping[str, Basis]:
+        """By target, where losses look along some directions only."""
+
+    @property
     def n_views(self) -> int | None:
         """Stored views that training draws from or holds out; None for fresh ones."""
 
@@ -108,5 +113,5 @@ class TrainingData(TargetSource, Protocol):
     def to(self, device: torch.device, precision: Precision) -> None:
         """Move what makes targets to the device that trains."""
 
-    def targets_of(self, part: DeviceBatch) -> dict[str, Tensor]:
-        """Targets of views on the device, those that the losses need: float32 by name."""
+    def targets_of(self, part: DeviceBatch) -> Mapping[str, Target]:
+        """Targets of views on the device by name, those that the losses need: float32, whole or as components."""

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from proteus_cache.cache.layout import PROBE, view_name
 from proteus_cache.cache.manifest import TeacherRecord
+from proteus_cache.codecs.codec import Basis
 from proteus_cache.errors import BadImageError, UsageError
 from proteus_cache.extract.config import DEFAULT_SHARD_SIZE, ExtractConfig
 from proteus_cache.extract.listing import held_out_shards, image_table
@@ -411,6 +412,10 @@ class FreshData:
                 "targets": list(self._names),
             }
         }
+
+    @property
+    def bases(self) -> Mapping[str, Basis]:
+        return {}
 
     @property
     def n_views(self) -> int | None:

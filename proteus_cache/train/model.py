@@ -12,16 +12,19 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from proteus_cache.losses import block_loss, feature_loss, patch_loss, token_loss
+from proteus_cache.codecs.codec import Basis
+from proteus_cache.losses import Components, Tokens, block_loss, feature_loss, patch_loss, token_loss
 from proteus_cache.pixels import channel_values, normalise
-from proteus_cache.students.heads import Heads, block_head, build_heads
+from proteus_cache.students.heads import Heads, block_head, build_heads, keep_components, predict_components
 from proteus_cache.students.start import load_start
 from proteus_cache.students.vit import StudentTokens, clean_and_masked_tokens, clean_tokens
 from proteus_cache.train.blocks import is_raw
 from proteus_cache.train.config import TrainConfig
 from proteus_cache.train.drop_path import drop_rates
+from proteus_cache.train.targets import Target
 
 _NO_BLOCKS: Mapping[str, int] = {}
+_NO_BASES: Mapping[str, Basis] = {}
 
 
 class Distillation(nn.Module):
@@ -72,7 +75,7 @@ class Distillation(nn.Module):
     def forward(
         self,
         views: Tensor,
-        targets: Mapping[str, Tensor],
+        targets: Mapping[str, Target],
         masked_MK: Tensor,
         first_odd: int,
         counts: tuple[float, float],
@@ -82,7 +85,8 @@ class Distillation(nn.Module):
 
         Args:
             views: (b, H, W, 3) uint8, or of floating point and normalised already.
-            targets: `cls` (b, D), `patch` (b, N, D) and `block.N` (b, 1 + N, D) float32, those that the losses need.
+            targets: `cls` (b, D), `patch` (b, N, D) and `block.N` (b, 1 + N, D) float32, those that the losses need;
+                all but `cls` may be components.
             masked_MK: (M, K) int64 masked patches of every second view.
             first_odd: 0 or 1, the first masked view.
             counts: views and masked views that the means run over.
@@ -116,7 +120,7 @@ class Distillation(nn.Module):
     def _losses(
         self,
         tokens: StudentTokens,
-        targets: Mapping[str, Tensor],
+        targets: Mapping[str, Target],
         masked_MK: Tensor,
         masked_rows: slice,
         counts: tuple[float, float],
@@ -125,33 +129,61 @@ class Distillation(nn.Module):
         clean = tokens.clean
         token = feature = patch = block = None
         if self.mask_token is not None:
-            predicted = self.heads["patch"](_take(tokens.masked[:, 1:], masked_MK))
-            patch = patch_loss(predicted, _take(targets["patch"][masked_rows], masked_MK), n_images=n_masked)
+            shown = _at(targets["patch"], masked_rows, masked_MK)
+            predicted = self._prediction("patch", _take(tokens.masked[:, 1:], masked_MK), shown)
+            patch = patch_loss(predicted, _known(shown), n_images=n_masked)
         if "token" in self.heads:
             cls = self.heads["token"](clean[:, 0])
-            token = token_loss(cls, targets["cls"], n_images=n_images) if self.weights[0] > 0 else None
+            token = token_loss(cls, _whole(targets["cls"]), n_images=n_images) if self.weights[0] > 0 else None
         if "feature" in self.heads:
             if self._feature_cls_head == "feature":
                 cls = self.heads["feature"](clean[:, 0])
-            patches = self.heads["feature"](clean[:, 1:])
-            feature = feature_loss(cls, patches, targets["cls"], targets["patch"], n_images=n_images)
+            patches = self._prediction("feature", clean[:, 1:], targets["patch"])
+            feature = feature_loss(cls, patches, _whole(targets["cls"]), _known(targets["patch"]), n_images=n_images)
         if self._blocks:
-            outputs = [self._block_prediction(name, tokens.blocks[number]) for name, number in self._blocks.items()]
-            block = block_loss(outputs, [targets[name] for name in self._blocks], n_images=n_images)
+            outputs = [
+                self._prediction(block_head(name), self._at_block(name, tokens.blocks[number]), targets[name])
+                for name, number in self._blocks.items()
+            ]
+            block = block_loss(outputs, [_known(targets[name]) for name in self._blocks], n_images=n_images)
         return token, feature, patch, block
 
-    def _block_prediction(self, target: str, tokens_BTD: Tensor) -> Tensor:
-        """What the student says of a block target: as the teacher's tokens, with or without the final norm."""
-        tokens = tokens_BTD if is_raw(target) else self.student.norm(tokens_BTD)
-        predicted: Tensor = self.heads[block_head(target)](tokens)
-        return predicted
+    def _prediction(self, head: str, tokens_BTd: Tensor, target: Target) -> Tokens:
+        """What a head says of tokens, in the kind of the target."""
+        module = self.heads[head]
+        if isinstance(target, Tensor):
+            predicted: Tensor = module(tokens_BTd)
+            return predicted
+        lead = target.tokens.lead_BLD
+        n_lead = lead.shape[1]
+        return Components(
+            module(tokens_BTd[:, :n_lead]) if n_lead else lead,
+            predict_components(module, tokens_BTd[:, n_lead:], target.mean_D, target.vectors_DK),
+        )
 
-    def head_tensors(self) -> dict[str, Tensor]:
-        """What training adds to the student: `mask_token` and `token.0.weight`, ..."""
+    def _at_block(self, target: str, tokens_BTd: Tensor) -> Tensor:
+        """The student's tokens that face a block target: with or without the final norm, as the teacher's are."""
+        return tokens_BTd if is_raw(target) else self.student.norm(tokens_BTd)
+
+    def head_tensors(self, bases: Mapping[str, Basis] = _NO_BASES) -> dict[str, Tensor]:
+        """What training adds to the student: `mask_token` and `token.0.weight`, ...
+
+        Args:
+            bases: of targets that the losses saw components of. Heads that said nothing but such patches then say the
+                teacher's mean along all other directions, where no loss ever looked.
+        """
         tensors = dict(self.heads.state_dict())
+        for name in self._heads_of_patches() if "patch" in bases else ():
+            state = keep_components(self.heads[name].state_dict(), bases["patch"].mean, bases["patch"].vectors)
+            tensors |= {f"{name}.{key}": tensor for key, tensor in state.items()}
         if self.mask_token is not None:
             tensors["mask_token"] = self.mask_token.detach()
         return tensors
+
+    def _heads_of_patches(self) -> list[str]:
+        """Heads that no CLS token passes through."""
+        names = ["patch"] if self._feature_cls_head == "feature" else ["feature", "patch"]
+        return [name for name in names if name in self.heads]
 
 
 def build_distillation(
@@ -199,6 +231,26 @@ def build_distillation(
         blocks=blocks,
         drop_path=config.drop_path,
     )
+
+
+def _known(target: Target) -> Tokens:
+    """What the losses compare with."""
+    return target if isinstance(target, Tensor) else target.tokens
+
+
+def _whole(target: Target) -> Tensor:
+    """`cls`, which every codec gives back whole."""
+    assert isinstance(target, Tensor)
+    return target
+
+
+def _at(target: Target, rows: slice, index_MK: Tensor) -> Target:
+    """A patch target at the given rows and positions."""
+    if isinstance(target, Tensor):
+        return _take(target[rows], index_MK)
+    lead, rest = target.tokens
+    assert lead.shape[1] == 0, "positions are those of patches"
+    return target._replace(tokens=Components(lead[rows], _take(rest[rows], index_MK)))
 
 
 def _take(tokens_MND: Tensor, index_MK: Tensor) -> Tensor:

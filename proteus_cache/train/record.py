@@ -152,7 +152,7 @@ class RunRecord:
         average = {"weights": "ema", "ema_decay": repr(config.ema_decay), "initialisation_share": share}
         bare = state.bare
         replace_tensors(config.out / STUDENT, bare.student.state_dict(), shape | common | {"weights": "raw"})
-        replace_tensors(config.out / HEADS, bare.head_tensors(), common | {"weights": "raw"})
+        replace_tensors(config.out / HEADS, bare.head_tensors(self._data.bases), common | {"weights": "raw"})
         replace_tensors(config.out / EMA, state.ema.module.state_dict(), shape | common | average)
 
     def write_start(self, state: TrainingState) -> None:

@@ -6,16 +6,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 
-from torch import Tensor
-
 from proteus_cache.train.feed import DeviceBatch
 from proteus_cache.train.steps import StepContext, take_step
+from proteus_cache.train.targets import Target
 
 
 def timed_steps(
     run: StepContext,
     batches: Iterator[DeviceBatch],
-    targets_of: Callable[[DeviceBatch], dict[str, Tensor]],
+    targets_of: Callable[[DeviceBatch], Mapping[str, Target]],
     n_steps: int,
 ) -> float:
     """Seconds of so many steps, waiting for batches included.

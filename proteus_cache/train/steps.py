@@ -7,7 +7,7 @@ Nothing in a step waits for the GPU: batches, masks and losses move asynchronous
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import NoReturn, Protocol
@@ -33,6 +33,7 @@ from proteus_cache.train.schedule import learning_rate
 from proteus_cache.train.source import n_patches
 from proteus_cache.train.state import TrainingState, scaler_of, tensors_of
 from proteus_cache.train.stopping import StopRequest
+from proteus_cache.train.targets import Target
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +67,9 @@ class StepContext(Protocol):
     def counts(self) -> tuple[float, float]: ...
 
 
-def take_step(run: StepContext, batch: DeviceBatch, targets_of: Callable[[DeviceBatch], dict[str, Tensor]]) -> Tensor:
+def take_step(
+    run: StepContext, batch: DeviceBatch, targets_of: Callable[[DeviceBatch], Mapping[str, Target]]
+) -> Tensor:
     """One optimiser step.
 
     Args:

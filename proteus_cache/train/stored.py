@@ -1,7 +1,8 @@
 """Training from a pack: its stored views with its stored targets, or with those of a live teacher (a replay).
 
 A replay reads the same batches in the same order, so it trains the student that the pack would train if no codec had
-touched the targets. That is the proof that a cache can stand for its teacher.
+touched the targets. That is the proof that a cache can stand for its teacher. It sees whole tokens then, also where
+the pack's codec has a basis and its stored targets are components.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ from typing import Final
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from proteus_cache.cache.layout import PROBE, view_index, view_name
 from proteus_cache.cache.manifest import TeacherRecord
+from proteus_cache.codecs.codec import Basis
 from proteus_cache.errors import UsageError
 from proteus_cache.pack.loader import Loader, open_loader
 from proteus_cache.pack.order import Order, SequentialOrder, TrainingOrder
@@ -27,6 +28,7 @@ from proteus_cache.teachers.teacher import Precision, Teacher
 from proteus_cache.train.config import TrainConfig
 from proteus_cache.train.feed import DeviceBatch
 from proteus_cache.train.source import check_targets, mean_sample_bytes, needed_targets, target_decoder
+from proteus_cache.train.targets import Target
 
 SEEN_IMAGES: Final = 4096
 """Trained images that the loss on seen views is measured on where there is no probe."""
@@ -76,6 +78,7 @@ class StoredData:
     @property
     def description(self) -> Mapping[str, object]:
         teacher = self._pack.teacher
+        kept = {name: f"{basis.vectors.shape[1]} of {len(basis.mean)}" for name, basis in self.bases.items()}
         return {
             "pack": {
                 "cache_id": self._pack.cache_id,
@@ -84,8 +87,16 @@ class StoredData:
                 "teacher_weights_sha256": teacher.weights_sha256,
                 "views": len(self._pack.views),
                 "targets": {target.name: target.codec.name for target in self._pack.targets},
+                **({"components_in_losses": kept} if kept else {}),
             }
         }
+
+    @property
+    def bases(self) -> Mapping[str, Basis]:
+        if self._live is not None:
+            return {}
+        found = {name: self._pack.codecs[name].basis for name in self._names}
+        return {name: basis for name, basis in found.items() if basis is not None}
 
     @property
     def n_views(self) -> int | None:
@@ -148,10 +159,10 @@ class StoredData:
             # The precision that the stored targets were made in; training's own may be another one.
             self._live.to(device, self._pack.teacher.precision if device.type == "cuda" else "fp32")
 
-    def targets_of(self, part: DeviceBatch) -> dict[str, Tensor]:
+    def targets_of(self, part: DeviceBatch) -> Mapping[str, Target]:
         if self._live is not None:
             return self._live.targets(part.views, self._names)
-        decoded: dict[str, Tensor] = self._decoder(part.codes)
+        decoded: dict[str, Target] = self._decoder(part.codes)
         return decoded
 
     def _seen_records(self) -> NDArray[np.int64]:

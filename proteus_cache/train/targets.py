@@ -1,12 +1,32 @@
-"""Codes to targets, on the device that trains."""
+"""Codes to targets, on the device that trains.
+
+Most codecs give whole tokens back. One with a basis says nothing of some directions of them; its targets stay in that
+basis, and the losses look along its directions only (docs/method.md).
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
 from proteus_cache.codecs import Codec
+from proteus_cache.losses import Components
+
+
+class ComponentTarget(NamedTuple):
+    """Tokens in the basis of their codec; a tuple, so that it passes through data-parallel and compiled modules."""
+
+    tokens: Components
+    mean_D: Tensor
+    """The token whose components are 0."""
+    vectors_DK: Tensor
+    """Orthonormal columns: the directions of the components."""
+
+
+Target = Tensor | ComponentTarget
+"""What the teacher says of some views: (b, *shape) float32, or its components."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +51,16 @@ class TargetDecoder(nn.Module):
         self._codecs = nn.ModuleList(target.codec for target in targets)  # moved to a device with this module
         self.requires_grad_(False)
 
-    def forward(self, codes: Tensor) -> dict[str, Tensor]:
-        """(b, code_bytes) uint8 to float32 (b, *shape) by target name."""
+    def forward(self, codes: Tensor) -> dict[str, Target]:
+        """(b, code_bytes) uint8 to targets by name."""
         return {
-            name: codec.decode(codes[:, offset : offset + codec.code_bytes]) for name, offset, codec in self._places
+            name: _decode(codec, codes[:, offset : offset + codec.code_bytes]) for name, offset, codec in self._places
         }
+
+
+def _decode(codec: Codec, codes: Tensor) -> Target:
+    basis = codec.basis
+    if basis is None:
+        return codec.decode(codes)
+    lead, rest = codec.components(codes)
+    return ComponentTarget(Components(lead, rest), basis.mean, basis.vectors)

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from proteus_cache.train.loop import train
 from proteus_cache.train.masking import draw_masks
 from proteus_cache.train.model import build_distillation
 from proteus_cache.train.stored import StoredData
+from proteus_cache.train.targets import Target
 from tests.makers import make_cache
 
 RESULTS = ("student.safetensors", "heads.safetensors", "ema.safetensors")
@@ -272,10 +274,11 @@ def test_a_target_that_is_not_finite_is_named(pack: Path, tmp_path: Path, monkey
             sample.targets["patch"][3, 1] = np.inf
         return sample
 
-    def targets_of(self: StoredData, part: Any) -> dict[str, torch.Tensor]:
+    def targets_of(self: StoredData, part: Any) -> Mapping[str, Target]:
         targets = sound(self, part)
-        if part.step == 6:
-            targets["patch"][2, 3, 1] = torch.inf
+        patch = targets["patch"]
+        if part.step == 6 and isinstance(patch, torch.Tensor):
+            patch[2, 3, 1] = torch.inf
         return targets
 
     monkeypatch.setattr(Pack, "sample", damaged)

@@ -20,60 +20,26 @@ from proteus_cache.pixels import normalise
 from proteus_cache.students.heads import Heads, build_heads
 from proteus_cache.students.vit import StudentTokens
 from proteus_cache.train import model as model_module
-from proteus_cache.train.config import TrainConfig, config_from_mapping
 from proteus_cache.train.drop_path import draw_kept, drop_rates
-from proteus_cache.train.masking import draw_masks, n_masked_images
+from proteus_cache.train.masking import n_masked_images
 from proteus_cache.train.model import Distillation, build_distillation
+from tests.train.small_models import (
+    BLOCKS,
+    DEPTH,
+    HEADS,
+    MEAN,
+    N_PATCHES,
+    STD,
+    WIDTH,
+    check_gradients,
+    gradients,
+    made_up_batch,
+    model_config,
+    small_model,
+    small_student,
+)
 
-SIZE_PX, PATCH_PX, WIDTH, DEPTH, TEACHER_WIDTH = 12, 4, 24, 3, 20
-N_PATCHES = (SIZE_PX // PATCH_PX) ** 2
-MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)
-HEADS = ("token", "feature", "patch")
-BLOCKS = {"block.1": 0, "block.3": 2, "block.1.raw": 0}
 _GOLDEN_HEADS = {"token": "token_head", "feature": "fea_head", "patch": "patch_head"}
-
-
-def _config(**settings: object) -> TrainConfig:
-    return config_from_mapping({"student": "vit_s14", "data": "pack", "out": "run"} | settings)
-
-
-def _student(seed: int = 0) -> VisionTransformer:
-    torch.manual_seed(seed)
-    student = VisionTransformer(
-        img_size=SIZE_PX,
-        patch_size=PATCH_PX,
-        embed_dim=WIDTH,
-        depth=DEPTH,
-        num_heads=3,
-        num_classes=0,
-        init_values=1.0,
-        global_pool="token",
-    )
-    for parameter in student.parameters():  # so that no part of it is zero or the same everywhere
-        parameter.data += 0.1 * torch.randn_like(parameter)
-    return student
-
-
-def _build(dtype: torch.dtype = torch.float32, blocks: Mapping[str, int] | None = None, **settings: object) -> Any:
-    # Any: mypy takes a Module's attributes for tensors or modules
-    config = _config(**settings)
-    bare = build_distillation(config, _student(), teacher_width=TEACHER_WIDTH, mean=MEAN, std=STD, blocks=blocks or {})
-    torch.manual_seed(1)
-    for parameter in bare.parameters():
-        parameter.data += 0.1 * torch.randn_like(parameter)
-    return bare.to(dtype)
-
-
-def _batch(n_images: int, dtype: torch.dtype, step: int = 3) -> tuple[Tensor, dict[str, Tensor], NDArray[np.int64]]:
-    torch.manual_seed(step)
-    views = torch.randint(0, 256, (n_images, SIZE_PX, SIZE_PX, 3), dtype=torch.uint8)
-    targets = {
-        "cls": torch.randn(n_images, TEACHER_WIDTH, dtype=dtype),
-        "patch": torch.randn(n_images, N_PATCHES, TEACHER_WIDTH, dtype=dtype),
-        **{name: torch.randn(n_images, 1 + N_PATCHES, TEACHER_WIDTH, dtype=dtype) for name in BLOCKS},
-    }
-    masks = draw_masks(0, step, np.arange(n_images), n_patches=N_PATCHES, n_masked=N_PATCHES // 2)
-    return views, targets, masks
 
 
 # The losses of the released code.
@@ -181,25 +147,6 @@ def _released(
     )
 
 
-def _gradients(bare: nn.Module) -> dict[str, Tensor]:
-    gradients = {}
-    for name, parameter in bare.named_parameters():
-        assert parameter.grad is not None, name
-        gradients[name] = parameter.grad.clone()
-    bare.zero_grad()
-    return gradients
-
-
-def _check(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], dtype: torch.dtype) -> None:
-    """Gradients agree within 1e-12 (double) or 1e-5 (single) of the largest of all."""
-    assert found.keys() == expected.keys()
-    largest = max(gradient.abs().max().item() for gradient in expected.values())
-    for name, gradient in expected.items():
-        tolerance = largest * (1e-12 if dtype == torch.float64 else 1e-5)
-        off = (found[name] - gradient).abs().max().item()
-        assert off <= tolerance, f"{name}: off by {off:.3g}"
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(
     ("n_images", "borders"),
@@ -209,11 +156,11 @@ def test_half_a_masked_pass_gives_the_losses_and_gradients_of_a_whole_one(
     n_images: int, borders: tuple[int, ...], dtype: torch.dtype
 ) -> None:
     """Also cut into the slices of ranks, of odd lengths and without a masked image among them."""
-    bare = _build(dtype)
-    views, targets, masks = _batch(n_images, dtype)
+    bare = small_model(dtype)
+    views, targets, masks = made_up_batch(n_images, dtype)
     expected_losses = _released(bare, views, targets, masks)
     expected_losses.sum().backward()  # type: ignore[no-untyped-call]  # untyped in torch
-    expected = _gradients(bare)
+    expected = gradients(bare)
 
     edges = (0, *borders, n_images)
     n_ranks = len(edges) - 1
@@ -229,27 +176,27 @@ def test_half_a_masked_pass_gives_the_losses_and_gradients_of_a_whole_one(
     tolerance = 1e-12 if dtype == torch.float64 else 1e-6
     torch.testing.assert_close(losses[1:4], expected_losses.detach(), atol=tolerance, rtol=tolerance)
     torch.testing.assert_close(losses[0], losses[1:4].sum(), atol=tolerance, rtol=tolerance)
-    _check(_gradients(bare), expected, dtype)
+    check_gradients(gradients(bare), expected, dtype)
 
 
 def test_the_feature_losss_cls_token_can_go_through_the_feature_head() -> None:
-    bare = _build(torch.float64, feature_cls_head="feature")
-    views, targets, masks = _batch(6, torch.float64)
+    bare = small_model(torch.float64, feature_cls_head="feature")
+    views, targets, masks = made_up_batch(6, torch.float64)
     expected_losses = _released(bare, views, targets, masks, feature_cls_head="feature")
     expected_losses.sum().backward()  # type: ignore[no-untyped-call]  # untyped in torch
-    expected = _gradients(bare)
+    expected = gradients(bare)
 
     losses = bare(views, targets, torch.from_numpy(masks), 1, (6, 3))
     losses[0].backward()
 
     torch.testing.assert_close(losses[1:4], expected_losses)
     assert not torch.isclose(losses[2], _released(bare, views, targets, masks)[1])
-    _check(_gradients(bare), expected, torch.float64)
+    check_gradients(gradients(bare), expected, torch.float64)
 
 
 def test_without_a_token_loss_the_feature_head_may_stand_alone() -> None:
-    bare = _build(feature_cls_head="feature", weight_token=0, weight_patch=0)
-    views, targets, _ = _batch(4, torch.float32)
+    bare = small_model(feature_cls_head="feature", weight_token=0, weight_patch=0)
+    views, targets, _ = made_up_batch(4, torch.float32)
 
     losses = bare(views, targets, torch.empty(0, 0, dtype=torch.int64), 1, (4, 2))
     losses[0].backward()
@@ -263,10 +210,10 @@ def test_without_a_token_loss_the_feature_head_may_stand_alone() -> None:
 def test_with_drop_path_half_a_masked_pass_is_still_exact(weight_patch: int) -> None:
     """What an image loses does not depend on the others, so images whose second pass reaches no loss can go."""
     rate, n_images = 0.6, 9
-    bare = _build(torch.float64, drop_path=rate, weight_patch=weight_patch)
-    views, targets, masks = _batch(n_images, torch.float64)
+    bare = small_model(torch.float64, drop_path=rate, weight_patch=weight_patch)
+    views, targets, masks = made_up_batch(n_images, torch.float64)
     kept = torch.from_numpy(draw_kept(5, 3, np.arange(n_images), drop_path=rate, depth=DEPTH))
-    reference = _build(torch.float64)
+    reference = small_model(torch.float64)
     bare.load_state_dict(reference.state_dict(), strict=False)
     expected_losses = _released(reference, views, targets, masks, kept, rate)[: 2 + weight_patch]
     expected_losses.sum().backward()  # type: ignore[no-untyped-call]  # untyped in torch
@@ -278,15 +225,15 @@ def test_with_drop_path_half_a_masked_pass_is_still_exact(weight_patch: int) -> 
     assert 0 < kept.float().mean() < 1
     torch.testing.assert_close(losses[1 : 3 + weight_patch], expected_losses)
     if weight_patch:
-        _check(_gradients(bare), _gradients(reference), torch.float64)
+        check_gradients(gradients(bare), gradients(reference), torch.float64)
 
 
 # Blocks.
 
 
 def test_the_block_loss_is_the_mean_over_its_targets_of_plain_errors() -> None:
-    bare = _build(torch.float64, BLOCKS, weight_block=0.5)
-    views, targets, masks = _batch(6, torch.float64)
+    bare = small_model(torch.float64, BLOCKS, weight_block=0.5)
+    views, targets, masks = made_up_batch(6, torch.float64)
     pixels = _pixels(bare, views)
     student = cast(VisionTransformer, bare.student)
     outputs = cast(
@@ -304,23 +251,23 @@ def test_the_block_loss_is_the_mean_over_its_targets_of_plain_errors() -> None:
         ]
     ).mean()
     (_released(bare, views, targets, masks).sum() + 0.5 * block).backward()  # type: ignore[no-untyped-call]  # likewise
-    expected = _gradients(bare)
+    expected = gradients(bare)
 
     losses = bare(views, targets, torch.from_numpy(masks), 1, (6, 3))
     losses[0].backward()
 
     torch.testing.assert_close(losses[4], block)
     torch.testing.assert_close(losses[0], losses[1:4].sum() + 0.5 * block)
-    _check(_gradients(bare), expected, torch.float64)
+    check_gradients(gradients(bare), expected, torch.float64)
 
 
 @pytest.mark.parametrize("weight_patch", [1, 0])
 def test_the_block_loss_leaves_the_others_as_they_are(weight_patch: int) -> None:
-    views, targets, masks = _batch(6, torch.float64)
+    views, targets, masks = made_up_batch(6, torch.float64)
     shown = torch.from_numpy(masks) if weight_patch else torch.empty(0, 0, dtype=torch.int64)
 
-    alone = _build(torch.float64, weight_patch=weight_patch)
-    beside = _build(torch.float64, BLOCKS, weight_block=1, weight_patch=weight_patch)
+    alone = small_model(torch.float64, weight_patch=weight_patch)
+    beside = small_model(torch.float64, BLOCKS, weight_block=1, weight_patch=weight_patch)
     beside.load_state_dict(alone.state_dict(), strict=False)
 
     torch.testing.assert_close(
@@ -329,8 +276,8 @@ def test_the_block_loss_leaves_the_others_as_they_are(weight_patch: int) -> None
 
 
 def test_the_block_loss_can_stand_alone() -> None:
-    bare = _build(torch.float32, {"block.1": 0}, weight_token=0, weight_feature=0, weight_patch=0, weight_block=2)
-    views, targets, _ = _batch(4, torch.float32)
+    bare = small_model(torch.float32, {"block.1": 0}, weight_token=0, weight_feature=0, weight_patch=0, weight_block=2)
+    views, targets, _ = made_up_batch(4, torch.float32)
 
     losses = bare(views, targets, torch.empty(0, 0, dtype=torch.int64), 1, (4, 2))
 
@@ -341,8 +288,8 @@ def test_the_block_loss_can_stand_alone() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_normalised_views_are_taken_as_they_are(dtype: torch.dtype) -> None:
-    bare = _build(dtype)
-    views, targets, masks = _batch(4, dtype)
+    bare = small_model(dtype)
+    views, targets, masks = made_up_batch(4, dtype)
     normalised = normalise(views, bare.pixel_mean, bare.pixel_std).permute(0, 2, 3, 1).contiguous()
 
     stored, fresh = (bare(shown, targets, torch.from_numpy(masks), 1, (4, 2)) for shown in (views, normalised))
@@ -356,7 +303,7 @@ def test_normalised_views_are_taken_as_they_are(dtype: torch.dtype) -> None:
 
 def test_heads_have_their_own_eps_and_the_student_its_own() -> None:
     def found(**settings: float) -> tuple[set[float], set[float]]:
-        bare = _build(torch.float32, {"block.1": 0}, weight_block=1, **settings)
+        bare = small_model(torch.float32, {"block.1": 0}, weight_block=1, **settings)
         norms = {
             kind: [m for m in kind.modules() if isinstance(m, nn.LayerNorm)] for kind in (bare.heads, bare.student)
         }
@@ -367,19 +314,19 @@ def test_heads_have_their_own_eps_and_the_student_its_own() -> None:
 
 
 def test_nothing_drops_anything_unless_asked_to() -> None:
-    bare = _build().train()
-    views, targets, masks = _batch(4, torch.float32)
+    bare = small_model().train()
+    views, targets, masks = made_up_batch(4, torch.float32)
 
     first, second = (bare(views, targets, torch.from_numpy(masks), 1, (4, 2)) for _ in range(2))
 
-    assert _config().drop_path == 0
+    assert model_config().drop_path == 0
     assert torch.equal(first[:4], second[:4])
     rates = [m.p for m in bare.modules() if isinstance(m, nn.Dropout)]
     assert set(rates) == {0.0}
 
 
 def test_a_mask_token_begins_at_zero() -> None:
-    bare = build_distillation(_config(), _student(), teacher_width=4, mean=MEAN, std=STD)
+    bare = build_distillation(model_config(), small_student(), teacher_width=4, mean=MEAN, std=STD)
 
     assert bare.mask_token is not None
     assert bare.mask_token.shape == (1, WIDTH)

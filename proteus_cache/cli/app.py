@@ -17,6 +17,7 @@ from proteus_cache.cli.demo import demo_command
 from proteus_cache.cli.evaluate import evaluate_command
 from proteus_cache.cli.extract import extract_command
 from proteus_cache.cli.fetch import fetch_command
+from proteus_cache.cli.fidelity import fidelity_command
 from proteus_cache.cli.info import info_command
 from proteus_cache.cli.pack import pack_command
 from proteus_cache.cli.pipeline import pipeline_command
@@ -114,6 +115,7 @@ app.command("eval")(evaluate_command)
 app.command("pipeline")(pipeline_command)
 app.command("info")(info_command)
 app.command("verify")(verify_command)
+app.command("fidelity")(fidelity_command)
 app.command("fetch")(fetch_command)
 
 

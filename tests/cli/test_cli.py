@@ -25,7 +25,7 @@ def test_help_imports_neither_torch_nor_zarr() -> None:
     assert found.stdout.strip() == "[]"
 
 
-COMMANDS = ("demo", "plan", "extract", "pack", "train", "eval", "pipeline", "info", "verify", "fetch")
+COMMANDS = ("demo", "plan", "extract", "pack", "train", "eval", "pipeline", "info", "verify", "fidelity", "fetch")
 
 
 def test_the_commands_are_these_in_the_order_of_the_work() -> None:

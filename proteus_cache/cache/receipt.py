@@ -78,5 +78,7 @@ class Receipt(Document):
     samples: Samples
     quarantined: list[Quarantined]
     moments: dict[str, Moments]
+    widened: dict[str, int] = Field(default_factory=dict)
+    """Target name to the steps of codes that an overflow widened; without those that have none."""
     made_with: dict[str, str]
     """Versions and device that produced this unit."""

@@ -62,6 +62,8 @@ class Unit:
     """Target name to (end_row - first_row, code_bytes) uint8; rows of quarantined images are zero."""
     quarantined: list[Quarantined] = field(default_factory=list)
     moments: dict[str, Moments]
+    widened: dict[str, int] = field(default_factory=dict)
+    """Target name to the steps of codes that an overflow widened."""
     precision: str
     made_with: dict[str, str]
 
@@ -245,5 +247,6 @@ def _receipt(
         ),
         quarantined=unit.quarantined,
         moments=unit.moments,
+        widened=unit.widened,
         made_with=unit.made_with,
     )

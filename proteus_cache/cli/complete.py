@@ -12,6 +12,9 @@ from pathlib import Path
 from proteus_cache.cli import settings
 from proteus_cache.stores import MARKERS, Kind
 
+CODECS = "float32, float16, int8, int4, klt:NdB or klt:NKB."
+"""For the help of `--codec`."""
+
 
 def teachers(incomplete: str) -> list[str]:
     """Names for `--teacher`."""

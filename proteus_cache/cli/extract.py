@@ -14,7 +14,17 @@ if TYPE_CHECKING:
 
 _FIELDS = (
     *("teacher", "weights", "images", "out", "views", "targets", "codec", "augment", "size", "view_format", "seed"),
-    *("shard_size", "probe_images", "batch_size", "workers", "precision", "device", "gpus", "limit"),
+    *(
+        "calibration_images",
+        "shard_size",
+        "probe_images",
+        "batch_size",
+        "workers",
+        "precision",
+        "device",
+        "gpus",
+        "limit",
+    ),
 )
 _WHAT = "Teacher and images"
 _VIEWS = "Views"
@@ -90,9 +100,11 @@ def extract_command(
     ] = None,
     codec: Annotated[
         str | None,
-        typer.Option(
-            help="float32, float16 or int8. Default: int8.", autocompletion=complete.codecs, rich_help_panel=_CACHE
-        ),
+        typer.Option(help=f"{complete.CODECS} Default: int8.", autocompletion=complete.codecs, rich_help_panel=_CACHE),
+    ] = None,
+    calibration_images: Annotated[
+        int | None,
+        typer.Option(help="Images that int4 or klt is fitted to. Default: 2000.", rich_help_panel=_CACHE),
     ] = None,
     shard_size: Annotated[
         int | None, typer.Option(help="Images in a shard. Default: 1024.", rich_help_panel=_CACHE)
@@ -203,12 +215,13 @@ def _run(config: ExtractConfig, n_processes: int | None, plan_only: bool) -> dic
 def _plan(config: ExtractConfig, shown: bool, processes: int) -> Any:
     from proteus_cache.extract.planning import plan_cache
 
-    with terminal.progress("teacher", "MB", shown) as update:
+    with terminal.phases(shown) as phase:
         return plan_cache(
             config,
             processes=processes,
             announce=(lambda plan: terminal.note(plan.lines())) if shown else None,
-            download_progress=lambda done, total: update(done / 1e6, (total or done) / 1e6, 0),
+            download_progress=lambda done, total: phase("teacher", "MB")(done / 1e6, (total or done) / 1e6),
+            calibration_progress=lambda done, total: phase("calibration", "views")(done, total),
         )
 
 

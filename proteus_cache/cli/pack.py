@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -31,9 +30,7 @@ def pack_command(
     ] = None,
     codec: Annotated[
         str | None,
-        typer.Option(
-            help="Encode anew with float32, float16 or int8. Default: the cache's.", autocompletion=complete.codecs
-        ),
+        typer.Option(help=f"Encode anew: {complete.CODECS} Default: the cache's.", autocompletion=complete.codecs),
     ] = None,
     move: Annotated[bool, typer.Option("--move", help="Remove each unit from the cache once it is packed.")] = False,
     workers: Annotated[int | None, typer.Option(help="Units packed at a time. Default: the usable cores.")] = None,
@@ -62,9 +59,9 @@ def pack_command(
         workers=workers,
     )
     moved = f", {report.units_moved} units moved out of the cache" if report.units_moved else ""
-    lines = [f"pack {report.path}: {report.n_samples:,} views, {human_bytes(report.bytes)}{moved}"]
+    packed = f"pack {report.path}: {report.n_samples:,} views, {human_bytes(report.bytes)}{moved}"
     next_step = train_on(summarise_pack(report.path))
-    terminal.result(as_json, asdict(report) | {"path": str(report.path)}, lines, next_step)
+    terminal.result(as_json, report.to_json(), [packed, *report.step_lines()], next_step)
 
 
 def _views(value: str | None, cache: Path) -> list[str] | None:
@@ -90,7 +87,8 @@ def pack_with_progress(
     from proteus_cache.pack.build import run_pack, workers_that_fit
     from proteus_cache.pack.plan import plan_pack
 
-    plan = plan_pack(cache, out, **choices)
+    with terminal.phases() as phase:
+        plan = plan_pack(cache, out, progress=lambda done, total: phase("calibration", "views")(done, total), **choices)
     terminal.note(plan.lines())
     n_workers = workers_that_fit(plan, workers)
     plan.check(n_workers)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from proteus_cache.cli import settings, terminal
+from proteus_cache.cli import complete, settings, terminal
 
 
 @terminal.command("nothing was written: run it again")
@@ -24,7 +24,7 @@ def plan_command(
     ] = None,
     views: Annotated[int | None, typer.Option(help="Augmented views of each image. Default: 4.")] = None,
     targets: Annotated[str | None, typer.Option(help="Any of cls, patch, block.N. Default: cls,patch.")] = None,
-    codec: Annotated[str | None, typer.Option(help="float32, float16 or int8. Default: int8.")] = None,
+    codec: Annotated[str | None, typer.Option(help=f"{complete.CODECS} Default: int8.")] = None,
     size: Annotated[int | None, typer.Option(help="Side of a view in pixels. Default: the teacher's.")] = None,
     student: Annotated[
         list[str] | None, typer.Option(help="A student to train; may be given again. Default: the four of the paper.")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Protocol
 
 from proteus_cache.cli import look
@@ -123,6 +123,29 @@ def progress(label: str, unit: str, shown: bool = True) -> Iterator[Update]:
             yield meter.update
     else:
         yield _Log(label, meter).update
+
+
+@contextmanager
+def phases(shown: bool = True) -> Iterator[Callable[[str, str], Update]]:
+    """As `progress`, for work in several phases: the line of one ends where the next begins.
+
+    Args:
+        shown: as in `progress`.
+
+    Yields:
+        From the label of a phase and what is counted in it to what to call when something is done.
+    """
+    with ExitStack() as line:
+        at: tuple[str, Update] | None = None
+
+        def phase(label: str, unit: str) -> Update:
+            nonlocal at
+            if at is None or at[0] != label:
+                line.close()
+                at = label, line.enter_context(progress(label, unit, shown))
+            return at[1]
+
+        yield phase
 
 
 class _Log:

@@ -24,6 +24,7 @@ import typer
 from proteus_cache.cli import forget_interruption, look
 from proteus_cache.cli.look import printable as printable
 from proteus_cache.cli.progress import Update as Update
+from proteus_cache.cli.progress import phases as phases
 from proteus_cache.cli.progress import progress as progress
 from proteus_cache.cli.progress import say
 from proteus_cache.errors import ProteusCacheError, StorageError, UsageError

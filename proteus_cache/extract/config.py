@@ -17,7 +17,10 @@ DEFAULT_SHARD_SIZE = 1024
 DEFAULT_PROBE_IMAGES = 4096
 PROBE_FROM_IMAGES = 16384
 _PRECISIONS = ("fp32", "fp16", "bf16")
-_MOST = {"views": 10_000, "seed": (1 << 63) - 1, "shard_size": 1 << 20, "batch_size": 1 << 20, "workers": 4096}
+_MOST = {
+    **{"views": 10_000, "seed": (1 << 63) - 1, "shard_size": 1 << 20, "batch_size": 1 << 20, "workers": 4096},
+    "calibration_images": 1_000_000,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +40,9 @@ class ExtractConfig:
     """View indices 0 to views - 1 are extracted; the default is 4."""
     targets: tuple[str, ...] | None = None
     codec: str | None = None
+    calibration_images: int | None = None
+    """Trained images that int4 and klt are fitted to when the cache is planned; the default is 2,000, and more where
+    their views have fewer than 100,000 tokens together. Of no use to other codecs or a cache that is there."""
     augment: str | None = None
     size_px: int | None = None
     """The default is the teacher's own."""
@@ -57,7 +63,7 @@ class ExtractConfig:
     """For example "cuda" or "cpu"; the default is the best there is."""
 
     def __post_init__(self) -> None:
-        at_least_one = ("views", "size_px", "shard_size", "limit", "batch_size")
+        at_least_one = ("views", "size_px", "shard_size", "limit", "batch_size", "calibration_images")
         for name in (*at_least_one, "workers", "seed", "probe_images"):
             value = getattr(self, name)
             least = int(name in at_least_one)

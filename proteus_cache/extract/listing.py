@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from proteus_cache.errors import UsageError
 from proteus_cache.extract.config import (
@@ -32,11 +33,7 @@ def image_table(config: ExtractConfig) -> tuple[pa.Table, tuple[str, ...] | None
     table = listing.table.take(pa.array(order))
     n_images = len(table)
     n_probe = n_probe_images(n_images, config.probe_images)
-    shard_size = config.shard_size or DEFAULT_SHARD_SIZE
-    trained = np.ones(n_images, dtype=bool)
-    for shard in held_out_shards(n_images, shard_size, config.seed or 0):
-        trained[shard * shard_size : (shard + 1) * shard_size] = False
-    candidates = np.flatnonzero(trained)
+    candidates = trained_rows(n_images, config.shard_size or DEFAULT_SHARD_SIZE, config.seed or 0)
     if n_probe > len(candidates):
         raise UsageError(f"--probe-images {n_probe}: only {len(candidates)} images are trained on; ask for fewer")
     probe = np.zeros(n_images, dtype=bool)
@@ -58,6 +55,14 @@ def held_out_shards(n_images: int, shard_size: int, seed: int) -> list[int]:
         return []
     order = draw_order([f"shard-{shard}" for shard in range(n_shards)], seed)
     return sorted(int(shard) for shard in order[: max(1, round(n_shards * _HELD_OUT_SHARE))])
+
+
+def trained_rows(n_images: int, shard_size: int, seed: int) -> NDArray[np.int64]:
+    """Rows of the images that training draws from, ascending: those of all shards but the held-out ones."""
+    trained = np.ones(n_images, dtype=bool)
+    for shard in held_out_shards(n_images, shard_size, seed):
+        trained[shard * shard_size : (shard + 1) * shard_size] = False
+    return np.flatnonzero(trained).astype(np.int64)
 
 
 def n_trained_images(n_images: int, shard_size: int, seed: int) -> int:

@@ -56,11 +56,17 @@ class _Statistics:
     """Sums of one target over one unit, kept on the device until the unit ends."""
 
     def __init__(self, device: torch.device) -> None:
-        self._sums = torch.zeros(3, dtype=torch.float64, device=device)
-        self._on_host = torch.zeros(3, dtype=torch.float64, pin_memory=device.type == "cuda")
+        self._sums = torch.zeros(4, dtype=torch.float64, device=device)
+        self._on_host = torch.zeros(4, dtype=torch.float64, pin_memory=device.type == "cuda")
         self._count = 0
 
-    def add(self, tokens: Tensor) -> None:
+    def add(self, tokens: Tensor, widened: Tensor) -> None:
+        """
+        Args:
+            tokens: (B, *shape) before the codec.
+            widened: (B,) steps of their codes that an overflow widened.
+        """
+        self._sums[3] += widened.sum()
         flat = tokens.reshape(-1)
         self._sums[0] += flat.sum()
         self._sums[1] += torch.dot(flat, flat)
@@ -73,9 +79,13 @@ class _Statistics:
 
     def moments(self) -> Moments:
         """What was fetched; only after the copy is known to be done. Waits for nothing that was queued later."""
-        total, squares, absmax = self._on_host.tolist()
+        total, squares, absmax, _ = self._on_host.tolist()
         count = max(self._count, 1)
         return Moments(mean=total / count, mean_square=squares / count, absmax=absmax)
+
+    def n_widened(self) -> int:
+        """Steps of codes that an overflow widened; only after the copy, likewise."""
+        return int(self._on_host[3])
 
 
 @dataclass(slots=True)
@@ -350,8 +360,8 @@ class _Pipeline:
     def _encode_at_once(self, unit: _OpenUnit, pixels: Tensor, local_rows: list[int]) -> None:
         with torch.inference_mode():
             for name, tokens in self.teacher.targets(pixels, self.names).items():
-                unit.statistics[name].add(tokens)
                 codes = self.codecs[name].encode(tokens)
+                unit.statistics[name].add(tokens, self.codecs[name].widened(codes))
                 for start, end, first_row in _runs(local_rows):
                     into = unit.codes[name][first_row : first_row + end - start]
                     into.copy_(codes[start:end], non_blocking=True)
@@ -394,6 +404,7 @@ class _Pipeline:
             codes={name: np.asarray(codes.numpy()) for name, codes in unit.codes.items()},
             quarantined=unit.quarantined,
             moments=moments,
+            widened={name: n for name, kept in unit.statistics.items() if (n := kept.n_widened())},
             precision=unit.precision,
             made_with=self.made_with,
         )

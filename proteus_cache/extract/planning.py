@@ -21,14 +21,18 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 
 from proteus_cache import storage, stores
 from proteus_cache.cache.layout import CacheLayout
 from proteus_cache.cache.manifest import ImagesRecord, Manifest, TargetRecord
 from proteus_cache.cache.reader import Cache, is_cache, open_cache
+from proteus_cache.calibration_tokens import warn_of_few_views
+from proteus_cache.codecs.calibration import CalibrationReport
 from proteus_cache.codecs.codec import Codec, codec_for_target, fit_codec, load_codec
-from proteus_cache.errors import FormatError, ProteusCacheError, StorageError, UsageError
-from proteus_cache.extract.calibration import Calibration, calibrate
+from proteus_cache.devices import use_device
+from proteus_cache.errors import ConfigError, FormatError, ProteusCacheError, StorageError, UsageError
+from proteus_cache.extract.calibration import Calibration, Photographs, calibrate
 from proteus_cache.extract.compatibility import check_image_root, check_place, check_settings, check_weights
 from proteus_cache.extract.config import (
     DEFAULT_CODEC,
@@ -39,8 +43,10 @@ from proteus_cache.extract.config import (
 )
 from proteus_cache.extract.listing import held_out_shards, image_table
 from proteus_cache.extract.records import libraries, spec_of, teacher_record, views_record
+from proteus_cache.extract.rendering import default_workers
 from proteus_cache.plan.extraction import CacheSize, ExtractPlan
 from proteus_cache.plan.rates import Rate
+from proteus_cache.processes import usable_cores
 from proteus_cache.teachers.registry import load_teacher
 from proteus_cache.teachers.teacher import Teacher
 from proteus_cache.views.spec import ViewSpec
@@ -70,6 +76,7 @@ def plan_cache(
     processes: int = 1,
     announce: Callable[[ExtractPlan], None] | None = None,
     download_progress: Callable[[int, int | None], None] | None = None,
+    calibration_progress: Callable[[int, int], None] | None = None,
 ) -> PlannedCache:
     """Read the plan at `config.out`, or make and publish it.
 
@@ -78,11 +85,14 @@ def plan_cache(
         processes: that will extract; for the time in the announcement.
         announce: called with the plan of a new cache before anything is written or refused for its size.
         download_progress: called with bytes done and in all while the teacher's weights are downloaded.
+        calibration_progress: called with views done and in all while the views that int4 and klt are fitted to go
+            through the teacher.
 
     Raises:
         UsageError: the folder holds something else or a cache with other settings, or a setting cannot be had.
         WeightsError: the teacher's weights cannot be had, or are not those of the cache.
         SpaceError: a new cache would not fit; nothing was published.
+        ConfigError: no codec of this kind reaches the goal asked for; names the nearest that does.
         ProteusCacheError: no image can be read, or the teacher's outputs are not finite.
     """
     layout = CacheLayout(config.out)
@@ -96,7 +106,7 @@ def plan_cache(
     calibration = None
     if existing is None:
         try:
-            calibration = _publish_plan(config, layout, teacher, processes, announce)
+            calibration = _publish_plan(config, layout, teacher, processes, announce, calibration_progress)
         except StorageError:
             if not is_cache(layout.root):  # else another process made the whole cache meanwhile and emptied tmp/
                 raise
@@ -156,6 +166,7 @@ def _publish_plan(
     teacher: Teacher,
     processes: int,
     announce: Callable[[ExtractPlan], None] | None,
+    calibration_progress: Callable[[int, int], None] | None,
 ) -> Calibration:
     """Make the plan and publish it; another process may have been faster, which is as good."""
     started = time.monotonic()
@@ -173,9 +184,14 @@ def _publish_plan(
         mean=teacher.identity.mean,
         std=teacher.identity.std,
     )
-    root = config.images if os.path.isdir(config.images) else config.images.parent
-    calibration = calibrate(config, teacher, spec, root, table, target_names)
-    codecs = {name: fit_codec(codec_names[name], calibration.tokens[name]) for name in target_names}
+    photographs = Photographs(
+        root=config.images if os.path.isdir(config.images) else config.images.parent,
+        table=table,
+        spec=spec,
+        workers=config.workers if config.workers is not None else default_workers(usable_cores(), processes),
+    )
+    calibration = calibrate(config, teacher, photographs, codec_names, calibration_progress)
+    codecs = _fit(config, calibration, codec_names)
     list_bytes = _parquet(table)
     plan_files = {f"{hashlib.sha256(list_bytes).hexdigest()}.parquet": list_bytes}
     for fitted in codecs.values():
@@ -204,7 +220,7 @@ def _publish_plan(
             "images": "as granted to whoever extracts; views show them and may not be shared further than they may",
         },
     )
-    plan = _plan_of_new_cache(config, manifest, calibration, processes)
+    plan = _plan_of_new_cache(config, manifest, calibration, reports_of(codecs), processes)
     if announce is not None:
         announce(plan)
     plan.check()
@@ -223,8 +239,36 @@ def _publish_plan(
     return calibration
 
 
+def _fit(config: ExtractConfig, calibration: Calibration, codec_names: dict[str, str]) -> dict[str, Codec]:
+    """A codec for every target; its tokens are let go of as soon as it is fitted."""
+    device = use_device(config.device)
+    codecs: dict[str, Codec] = {}
+    try:
+        for name, codec in codec_names.items():
+            started = time.monotonic()
+            try:
+                codecs[name] = fit_codec(codec, calibration.tokens.pop(name), device=device)
+            except ConfigError as error:
+                raise ConfigError(f"target {name}: {error}") from error
+            logger.info("fitted target=%s codec=%s seconds=%.1f", name, codec, time.monotonic() - started)
+    finally:
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    warn_of_few_views(codec_names, reports_of(codecs))
+    return codecs
+
+
+def reports_of(codecs: dict[str, Codec]) -> dict[str, CalibrationReport]:
+    """What fitting showed, of the codecs that have a distribution to fit."""
+    return {name: codec.calibration for name, codec in codecs.items() if codec.calibration is not None}
+
+
 def _plan_of_new_cache(
-    config: ExtractConfig, manifest: Manifest, calibration: Calibration, processes: int
+    config: ExtractConfig,
+    manifest: Manifest,
+    calibration: Calibration,
+    reports: dict[str, CalibrationReport],
+    processes: int,
 ) -> ExtractPlan:
     n_views = config.views or DEFAULT_VIEWS
     return size_plan(
@@ -234,6 +278,7 @@ def _plan_of_new_cache(
         units_todo=n_views * manifest.n_shards + manifest.n_probe_shards,
         views_todo=n_views * manifest.images.n_images + manifest.images.n_probe,
         view_bytes=calibration.view_bytes,
+        reports=reports,
         rate=measured_rate(calibration.views_per_s),
         processes=processes,
         is_published=False,
@@ -253,6 +298,7 @@ def size_plan(
     units_todo: int,
     views_todo: int,
     view_bytes: float,
+    reports: dict[str, CalibrationReport],
     rate: Rate,
     processes: int,
     is_published: bool,
@@ -269,6 +315,7 @@ def size_plan(
             shard_size=manifest.shard_size,
             targets=tuple(manifest.targets),
             view_bytes=view_bytes,
+            fitted=reports,
         ),
         n_held_out=len(manifest.images.held_out),
         units_todo=units_todo,

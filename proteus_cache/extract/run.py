@@ -17,7 +17,7 @@ from proteus_cache.cache.reader import Cache
 from proteus_cache.devices import gpu_name, use_device
 from proteus_cache.extract.config import DEFAULT_VIEWS, ExtractConfig
 from proteus_cache.extract.pipeline import Progress, extract_units, units_to_do
-from proteus_cache.extract.planning import PlannedCache, measured_rate, size_plan
+from proteus_cache.extract.planning import PlannedCache, measured_rate, reports_of, size_plan
 from proteus_cache.extract.rendering import default_workers
 from proteus_cache.plan.costs import FORWARD, teacher_shape
 from proteus_cache.plan.extraction import ExtractPlan, typical_view_bytes
@@ -63,6 +63,7 @@ def describe_plan(config: ExtractConfig, planned: PlannedCache, processes: int) 
         units_todo=len(todo),
         views_todo=sum(len(cache.rows(*unit)) for unit in todo),
         view_bytes=planned.view_bytes or _stored_view_bytes(cache) or _typical_view_bytes(cache),
+        reports=reports_of(planned.codecs),
         rate=_rate(config, planned),
         processes=processes,
         is_published=True,

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import logging
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 
@@ -20,10 +22,11 @@ from proteus_cache.cache.layout import PROBE, is_view, view_index
 from proteus_cache.cache.reader import Cache
 from proteus_cache.cache.receipt import FileRecord
 from proteus_cache.errors import FormatError, UsageError
+from proteus_cache.memory import available_memory
 from proteus_cache.pack.document import PackDocument, PackTar, PackView
 from proteus_cache.pack.index import Records
 from proteus_cache.pack.plan import PackPlan, plan_pack, plan_path
-from proteus_cache.pack.slots import available_memory
+from proteus_cache.pack.recode import SecondStep
 from proteus_cache.pack.unit import UnitJob, move_unit, pack_unit, read_note, source_digest
 from proteus_cache.pack.verify import verify_pack
 from proteus_cache.pack.writer import index_buffers
@@ -51,6 +54,22 @@ class PackReport:
     """Packed by an earlier run."""
     units_moved: int
     """Removed from the cache by this run."""
+    steps: list[SecondStep]
+    """What encoding again added, by target; empty where nothing was, and for a pack that was there already."""
+    widened: dict[str, int]
+    """Target name to the steps of codes that an overflow widened then; without those that have none."""
+
+    def to_json(self) -> dict[str, Any]:
+        """For machines."""
+        return asdict(self) | {"path": str(self.path), "steps": [step.to_json() for step in self.steps]}
+
+    def step_lines(self) -> list[str]:
+        """What encoding again added, for people."""
+        lines = [line for step in self.steps for line in step.lines()]
+        if self.widened:
+            counts = ", ".join(f"{count:,} of {name}" for name, count in self.widened.items())
+            lines.append(f"widened   steps of codes, by values beyond what calibration showed: {counts}")
+        return lines
 
 
 def build_pack(
@@ -77,7 +96,7 @@ def workers_that_fit(plan: PackPlan, workers: int | None) -> int:
     A unit is held about four times while it is read, checked, recoded and written.
     """
     unit_bytes = plan.bytes_all // max(1, plan.n_units)
-    by_memory = available_memory() // max(1, 4 * unit_bytes)
+    by_memory = available_memory() // max(1, 4 * unit_bytes + plan.recoding_bytes)
     return max(1, min(workers or usable_cores(), plan.n_units, int(by_memory)))
 
 
@@ -95,15 +114,22 @@ def run_pack(plan: PackPlan, *, workers: int = 1, progress: Progress | None = No
     for view in plan.views:
         storage.make_folder(plan.out / view)
     _write(plan.out, plan_path(plan.out), [plan.document.sealed()])
+    _write_parameters(plan)
     outcomes = _all_units(plan, workers, progress)
     document = _finish(plan, outcomes)
     kept = sum(outcome.kept for outcome in outcomes.values())
-    return _report(plan, document, written=plan.n_units - kept, moved=plan.n_units if plan.move else 0)
+    widened: Counter[str] = Counter()
+    for outcome in outcomes.values():
+        widened.update(outcome.widened)
+    return _report(
+        plan, document, written=plan.n_units - kept, moved=plan.n_units if plan.move else 0, widened=dict(widened)
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class _Outcome:
     tar: PackTar
+    widened: dict[str, int]
     kept: bool
     """Packed by an earlier run."""
 
@@ -162,7 +188,7 @@ def _one_unit(plan: PackPlan, view: str, shard: int) -> _Outcome:
         note = pack_unit(job, plan.recodings)
     if plan.move:
         move_unit(job, note.tar)
-    return _Outcome(note.tar, kept)
+    return _Outcome(note.tar, note.widened, kept)
 
 
 def _only_move(plan: PackPlan, pack: PackDocument, progress: Progress | None) -> PackReport:
@@ -191,11 +217,8 @@ def _is_cached(cache: Cache, view: str, shard: int) -> bool:
 
 def _finish(plan: PackPlan, outcomes: dict[tuple[str, int], _Outcome]) -> PackDocument:
     """Codec parameters, indices, and then pack.json."""
-    blobs = {f"{r.target.codec.parameters}.safetensors": r.blob for r in plan.recodings if r.blob is not None}
-    _sweep(plan, set(blobs))
-    for name, blob in blobs.items():
-        storage.make_folder(plan.out / "codec")
-        _write(plan.out, plan.out / "codec" / name, [blob])
+    _sweep(plan, set(_parameters(plan)))
+    _write_parameters(plan)
     packed = {}
     for view, receipts in plan.document.receipts.items():
         packed[view] = _write_index(plan, view, [outcomes[view, shard].tar for shard in range(len(receipts))])
@@ -236,6 +259,20 @@ def _write_index(plan: PackPlan, view: str, tars: list[PackTar]) -> PackView:
     return PackView(index=FileRecord(size=written.size, sha256=written.sha256), n_samples=n_samples, tars=tars)
 
 
+def _parameters(plan: PackPlan) -> dict[str, bytes]:
+    """File name to the fitted parameters of a codec."""
+    return {f"{r.target.codec.parameters}.safetensors": r.blob for r in plan.recodings if r.blob is not None}
+
+
+def _write_parameters(plan: PackPlan) -> None:
+    """Before any unit, so that a later start need not fit the codecs again."""
+    for name, blob in _parameters(plan).items():
+        path = plan.out / "codec" / name
+        if storage.size_of(path) != len(blob) or storage.sha256_of(path)[1] != name.removesuffix(".safetensors"):
+            storage.make_folder(path.parent)
+            _write(plan.out, path, [blob])
+
+
 def _write(out: Path, path: Path, data: list[bytes]) -> None:
     """One small file of the pack: written beside, synced, renamed."""
     temp, _ = storage.write_durable(out / "tmp", path.name, lambda: data)
@@ -255,7 +292,9 @@ def _sweep(plan: PackPlan, blobs: set[str]) -> None:
             storage.remove(plan.out / "codec" / name)
 
 
-def _report(plan: PackPlan, pack: PackDocument, *, written: int, moved: int) -> PackReport:
+def _report(
+    plan: PackPlan, pack: PackDocument, *, written: int, moved: int, widened: dict[str, int] | None = None
+) -> PackReport:
     entries = pack.packed.values()
     return PackReport(
         path=plan.out,
@@ -266,4 +305,6 @@ def _report(plan: PackPlan, pack: PackDocument, *, written: int, moved: int) -> 
         units_written=written,
         units_kept=plan.n_units - written,
         units_moved=moved,
+        steps=plan.document.steps,
+        widened=widened or {},
     )

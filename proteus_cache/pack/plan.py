@@ -6,12 +6,15 @@ run that goes on later must still know which receipts the pack was made from.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+
+from pydantic import Field
 
 from proteus_cache import storage, stores, tar
 from proteus_cache.cache.layout import PROBE, is_view, view_name
@@ -19,15 +22,16 @@ from proteus_cache.cache.reader import Cache, combine_view_ids, open_cache
 from proteus_cache.cache.writer import rows_of_view
 from proteus_cache.codecs import codec_for_target
 from proteus_cache.documents import MAX_DOCUMENT_BYTES, Document, digest_of
-from proteus_cache.errors import SpaceError, UsageError
+from proteus_cache.errors import DamageError, SpaceError, UsageError
 from proteus_cache.pack.document import CacheIdentity, PackDocument, PackTarget
 from proteus_cache.pack.index import RECORD_BYTES
 from proteus_cache.pack.reader import is_pack
-from proteus_cache.pack.recode import Recoding, plan_recodings
+from proteus_cache.pack.recode import KnownStep, Recoding, SecondStep, plan_recodings
 from proteus_cache.pack.samples import tar_name
 from proteus_cache.plan import human_bytes
 
 _MARGIN = 1.02
+_MAX_BLOB_BYTES = 1 << 30
 
 
 class PlanDocument(Document):
@@ -39,6 +43,8 @@ class PlanDocument(Document):
     targets: list[PackTarget]
     receipts: dict[str, list[str]]
     """View index to the digests of its receipts, by shard."""
+    steps: list[SecondStep] = Field(default_factory=list)
+    """What encoding again adds to each target that is."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +83,13 @@ class PackPlan:
         """Of one sample."""
         return sum(target.codec.code_bytes for target in self.document.targets)
 
+    @property
+    def recoding_bytes(self) -> int:
+        """Held while a unit is encoded again, besides the unit: the cache's codes twice, and tokens on their way."""
+        encoded = [recoding for recoding in self.recodings if recoding.step is not None]
+        codes = sum(recoding.step.source_bytes for recoding in encoded if recoding.step is not None)
+        return 2 * codes * self.cache.manifest.shard_size + max((r.working_bytes for r in encoded), default=0)
+
     def lines(self) -> list[str]:
         """The plan for people."""
         targets = ", ".join(f"{t.name} {'x'.join(map(str, t.shape))} {t.codec.name}" for t in self.document.targets)
@@ -85,6 +98,8 @@ class PackPlan:
             f"views     {', '.join(self.views)}: {self.n_units} tars",
             f"targets   {targets}: {human_bytes(self.code_bytes)} codes a view",
         ]
+        for step in self.document.steps:
+            lines += step.lines()
         if self.finished is not None:
             lines.append("to do     nothing: the pack is there")
         else:
@@ -102,6 +117,7 @@ class PackPlan:
             "views": self.views,
             "targets": {t.name: {"shape": t.shape, "codec": t.codec.name} for t in self.document.targets},
             "code_bytes": self.code_bytes,
+            "steps": [step.to_json() for step in self.document.steps],
             "units": self.n_units,
             "bytes": self.bytes_all,
             "bytes_todo": self.bytes_todo,
@@ -147,6 +163,7 @@ def plan_pack(
     targets: Sequence[str] | None = None,
     codec: str | None = None,
     move: bool = False,
+    progress: Callable[[int, int], None] | None = None,
 ) -> PackPlan:
     """Decide what a pack will hold; writes nothing.
 
@@ -157,9 +174,11 @@ def plan_pack(
         targets: to take; None takes all.
         codec: to encode with; None keeps the cache's.
         move: remove each unit from the cache once it is packed.
+        progress: called with views read and in all, while those are read that a codec is fitted to.
 
     Raises:
         UsageError: the cache lacks what is asked for, `out` holds something else, or a move would lose data.
+        ConfigError: no codec of this kind reaches its goal; names the nearest that does.
     """
     opened, root = open_cache(cache), Path(out).absolute()
     _check_place(opened, root)
@@ -176,7 +195,8 @@ def plan_pack(
         recodings = [Recoding(target, _blob(opened, target), None, None) for target in basis.targets]
     else:
         chosen = _chosen_views(opened, views)
-        recodings = plan_recodings(opened, targets, codec, chosen[0])
+        known = _known_steps(opened, root, chosen[0])
+        recodings = plan_recodings(opened, targets, codec, chosen[0], known=known, progress=progress)
         basis = _fresh(opened, chosen, recodings)
     bytes_all, bytes_there = _sizes(opened, basis, root)
     return PackPlan(
@@ -241,7 +261,41 @@ def _fresh(cache: Cache, views: list[str], recodings: list[Recoding]) -> PlanDoc
         cache_id=combine_view_ids([ids[view] for view in ids if view != PROBE]),
         view_ids={view: ids[view] for view in views},
     )
-    return PlanDocument(cache=identity, targets=[recoding.target for recoding in recodings], receipts=receipts)
+    return PlanDocument(
+        cache=identity,
+        targets=[recoding.target for recoding in recodings],
+        receipts=receipts,
+        steps=[recoding.step for recoding in recodings if recoding.step is not None],
+    )
+
+
+def _known_steps(cache: Cache, out: Path, view: str) -> dict[str, KnownStep]:
+    """Codecs that an earlier start of this pack has fitted: fitting takes time, and other ones would be other bytes."""
+    path = plan_path(out)
+    if storage.size_of(path) is None:
+        return {}
+    try:
+        plan = PlanDocument.parse(storage.read_bytes(path, MAX_DOCUMENT_BYTES), str(path))
+    except DamageError:
+        return {}
+    if plan.cache.manifest != cache.manifest_digest or view not in plan.receipts:
+        return {}
+    steps = {step.target: step for step in plan.steps}
+    known = {}
+    for target in plan.targets:
+        parameters = target.codec.parameters
+        blob = None if parameters is None else _whole_blob(out / "codec" / f"{parameters}.safetensors", parameters)
+        if target.name in steps and (parameters is None or blob is not None):
+            known[target.name] = KnownStep(target, blob, steps[target.name])
+    return known
+
+
+def _whole_blob(path: Path, sha256: str) -> bytes | None:
+    """The bytes of a file, if they are those that its name says."""
+    if not storage.size_of(path):
+        return None
+    data = storage.read_bytes(path, _MAX_BLOB_BYTES)
+    return data if hashlib.sha256(data).hexdigest() == sha256 else None
 
 
 def _receipt_digest(cache: Cache, view: str, shard: int) -> str:

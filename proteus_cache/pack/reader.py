@@ -327,7 +327,7 @@ class Pack:
     def _load_codecs(self, device: str | torch.device) -> dict[str, Codec]:
         from proteus_cache.codecs import load_codec
 
-        loaded = {t.name: load_codec(t.codec, tuple(t.shape), self._parameters_blob(t)) for t in self.targets}
+        loaded = {t.name: load_codec(t.codec, tuple(t.shape), self.parameters_blob(t)) for t in self.targets}
         return {name: codec.to(device) for name, codec in loaded.items()}
 
     def _load_statistics(self, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -336,7 +336,8 @@ class Pack:
 
         return channel_values(self.teacher.mean, device), channel_values(self.teacher.std, device)
 
-    def _parameters_blob(self, target: PackTarget) -> bytes | None:
+    def parameters_blob(self, target: PackTarget) -> bytes | None:
+        """Fitted parameters of a target's codec, digest checked; None for a codec without any."""
         if target.codec.parameters is None:
             return None
         path = self.path / "codec" / f"{target.codec.parameters}.safetensors"

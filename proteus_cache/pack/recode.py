@@ -2,22 +2,88 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from proteus_cache.cache.manifest import TargetRecord
 from proteus_cache.cache.reader import Cache
+from proteus_cache.calibration_tokens import enough_images, warn_of_few_views
 from proteus_cache.codecs import Codec, codec_for_target, fit_codec, load_codec
-from proteus_cache.errors import UsageError
+from proteus_cache.codecs.codec import largest_value
+from proteus_cache.codecs.names import parse_codec, wants_many_views
+from proteus_cache.errors import ConfigError, UsageError
 from proteus_cache.pack.document import PackTarget
+from proteus_cache.pack.sampling import Progress, refuse_unusable, sample_tokens
+from proteus_cache.plan import human_bytes
 
-CALIBRATION_VIEWS = 256
-"""Views that a fitted codec sees: the first stored ones, whose images are a random draw of all."""
-_BATCH = 64
+_FEW_VIEWS = 256
+"""Enough for a codec that only needs a scale for each channel."""
+_MEASURED_AT_ONCE = 16
+_BYTES_AT_ONCE = 32 << 20
+"""Of tokens in float32, so that a thread needs little memory and its caches hold what it works on."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SecondStep:
+    """What encoding again adds, on views that the codec was not fitted to."""
+
+    target: str
+    source: str
+    """Codec of the cache."""
+    source_db: float | None
+    """That the cache's codec keeps of the teacher's tokens, as its calibration showed; None where it has none."""
+    codec: str
+    """Of the pack."""
+    added_db: float | None
+    """Signal to noise of the pack's decoded tokens about the cache's; None: without any noise, or not measured."""
+    n_fitted: int
+    """Views that the pack's codec was fitted to; 0 for one without parameters."""
+    n_measured: int
+    """Views that the ratio was measured on."""
+    source_bytes: int
+    """Codes of one view in the cache."""
+    code_bytes: int
+    """Codes of one view in the pack."""
+
+    @property
+    def total_db(self) -> float | None:
+        """Both steps together, their errors taken as independent; None where one of them is not known."""
+        if self.source_db is None or self.added_db is None:
+            return None
+        return -10 * math.log10(10 ** (-self.source_db / 10) + 10 ** (-self.added_db / 10))
+
+    def lines(self) -> list[str]:
+        """For people."""
+        sizes = f"{human_bytes(self.source_bytes)} to {human_bytes(self.code_bytes)} of codes a view"
+        first = f"recoded   {self.target} from {self.source} to {self.codec}: {sizes}"
+        if self.n_measured == 0:
+            return [first, "          what that adds is not measured: the cache has no view that it was not fitted to"]
+        if self.added_db is None:
+            return [f"{first}, and nothing is lost"]
+        added = f"          {self.added_db:.1f} dB of what the cache holds, on {self.n_measured:,} other views"
+        if self.total_db is None:
+            return [first, added if self.source == "float32" else f"{added}; the error of {self.source} comes on top"]
+        return [first, f"{added}; with the {self.source_db:.1f} dB of {self.source} about {self.total_db:.1f} dB"]
+
+    def to_json(self) -> dict[str, Any]:
+        """For machines."""
+        return asdict(self) | {"total_db": self.total_db}
+
+
+@dataclass(frozen=True, slots=True)
+class Recoded:
+    """Codes of the pack, and how many of their steps an overflow widened."""
+
+    codes: list[NDArray[np.uint8]]
+    """(code_bytes,) uint8 each."""
+    n_widened: int
 
 
 @dataclass(frozen=True)
@@ -30,80 +96,184 @@ class Recoding:
     decoder: Codec | None
     encoder: Codec | None
     """Both None where the cache's codes are taken as they are."""
+    step: SecondStep | None = None
+    """What is known of it; None likewise."""
 
-    def apply(self, codes: Sequence[NDArray[np.uint8]]) -> list[NDArray[np.uint8]]:
-        """The pack's codes, (code_bytes,) uint8 each, from the cache's codes of the same views.
+    @property
+    def views_at_once(self) -> int:
+        """Views in one call of the codecs."""
+        return max(1, _BYTES_AT_ONCE // (4 * math.prod(self.target.shape)))
+
+    @property
+    def working_bytes(self) -> int:
+        """Memory of one call of the codecs, about: some ten times its tokens in float32."""
+        return 10 * 4 * self.views_at_once * math.prod(self.target.shape)
+
+    def apply(self, codes: Sequence[NDArray[np.uint8]], keys: Sequence[str]) -> Recoded:
+        """The pack's codes from the cache's codes of the same views.
+
+        Args:
+            codes: (code_bytes,) uint8 each.
+            keys: of the same views, for messages.
 
         Raises:
-            UsageError: a value is beyond what the codec can hold.
+            UsageError: a value is not finite, or beyond what the codec can hold; names the sample.
         """
         if self.decoder is None or self.encoder is None:
-            return list(codes)
+            return Recoded(list(codes), 0)
         recoded: list[NDArray[np.uint8]] = []
-        for first in range(0, len(codes), _BATCH):
+        n_widened = 0
+        for first in range(0, len(codes), self.views_at_once):
+            part = slice(first, first + self.views_at_once)
             with torch.inference_mode():
-                tokens = self.decoder.decode(torch.from_numpy(np.stack(codes[first : first + _BATCH])))
+                tokens = self.decoder.decode(torch.from_numpy(np.stack(codes[part])))
+                self._check(tokens.abs().amax(dim=-1) <= largest_value(self.encoder.name), keys[part])
                 encoded = self.encoder.encode(tokens)
-                if not bool(torch.isfinite(self.encoder.decode(encoded)).all()):
-                    raise UsageError(
-                        f"target {self.target.name}: has values that codec {self.encoder.name} cannot hold; "
-                        "pack it with --codec float32"
-                    )
+                self._check(_are_finite(self.encoder, encoded), keys[part])
+                n_widened += int(self.encoder.widened(encoded).sum())
             recoded.extend(encoded.numpy())
-        return recoded
+        return Recoded(recoded, n_widened)
+
+    def _check(self, is_usable: Tensor, keys: Sequence[str]) -> None:
+        assert self.encoder is not None, "only what is encoded again is checked"
+        refuse_unusable(is_usable, keys, target=self.target.name, codec=self.encoder.name)
 
 
-def plan_recodings(cache: Cache, names: Sequence[str] | None, codec: str | None, view: str) -> list[Recoding]:
+def _are_finite(codec: Codec, codes: Tensor) -> Tensor:
+    """(B, ...) bool: what codes decode to; components tell it for less work than channels."""
+    if codec.basis is None:
+        return torch.isfinite(codec.decode(codes)).reshape(codes.shape[0], -1)
+    lead, components = codec.components(codes)
+    return torch.cat([torch.isfinite(part).reshape(codes.shape[0], -1) for part in (lead, components)], dim=1)
+
+
+@dataclass(frozen=True, slots=True)
+class KnownStep:
+    """A second step that an earlier start of the same pack has planned."""
+
+    target: PackTarget
+    blob: bytes | None
+    step: SecondStep
+
+
+def plan_recodings(
+    cache: Cache,
+    names: Sequence[str] | None,
+    codec: str | None,
+    view: str,
+    *,
+    known: Mapping[str, KnownStep] | None = None,
+    progress: Progress | None = None,
+) -> list[Recoding]:
     """What becomes of each target.
 
     Args:
         cache: where from.
         names: targets to take, in the cache's order whatever the order here; None takes all.
         codec: as in extract; None keeps every target's codec.
-        view: view index whose first stored views calibrate a fitted codec.
+        view: view index whose stored views a codec is fitted to and measured on.
+        known: target name to what need not be fitted again.
+        progress: of the reading of views that a codec is fitted to.
 
     Raises:
-        UsageError: the cache has no such target.
-        ConfigError: there is no such codec.
+        UsageError: the cache has no such target, or its codec has left out what another one would need.
+        ConfigError: there is no such codec, or none reaches its goal; names the nearest that does.
     """
     wanted = {cache.target(name).name for name in names} if names is not None else None
     chosen = [target for target in cache.manifest.targets if wanted is None or target.name in wanted]
     if not chosen:
         raise UsageError("choose at least one target to pack")
+    asked = {
+        target.name: target.codec.name if codec is None else codec_for_target(codec, target.name) for target in chosen
+    }
+    for target in chosen:
+        _refuse_left_out(cache, target, asked[target.name])
     recodings: list[Recoding] = []
     offset = 0
     for target in chosen:
-        recoding = _plan_one(cache, target, codec, view, offset)
+        found = (known or {}).get(target.name)
+        if found is not None and found.step.codec == asked[target.name] != target.codec.name:
+            recoding = _as_known(cache, target, found, offset)
+        else:
+            recoding = _plan_one(cache, target, asked[target.name], view, offset, progress)
         offset += recoding.target.codec.code_bytes
         recodings.append(recoding)
     return recodings
 
 
-def _plan_one(cache: Cache, target: TargetRecord, codec: str | None, view: str, offset: int) -> Recoding:
+def _refuse_left_out(cache: Cache, target: TargetRecord, codec: str) -> None:
+    """What `klt` has dropped is in no code, and another codec would teach its mean instead of leaving it out."""
+    if codec != target.codec.name and parse_codec(target.codec.name).family == "klt":
+        raise UsageError(
+            f"{cache.path}: target {target.name} is stored as {target.codec.name}, and {codec} cannot bring back what "
+            f"that has left out; pack it without --codec, or extract a cache with --codec float16 and "
+            "pack that"
+        )
+
+
+def _as_known(cache: Cache, target: TargetRecord, known: KnownStep, offset: int) -> Recoding:
+    shape = tuple(target.shape)
+    decoder = load_codec(target.codec, shape, cache.parameters_blob(target))
+    encoder = load_codec(known.target.codec, shape, known.blob)
+    record = PackTarget(name=target.name, shape=target.shape, codec=encoder.record(), offset=offset)
+    return Recoding(record, known.blob, decoder, encoder, known.step)
+
+
+def _plan_one(
+    cache: Cache, target: TargetRecord, codec: str, view: str, offset: int, progress: Progress | None
+) -> Recoding:
     blob = cache.parameters_blob(target)
-    name = target.codec.name if codec is None else codec_for_target(codec, target.name)
-    if name == target.codec.name:
+    if codec == target.codec.name:
         record = PackTarget(name=target.name, shape=target.shape, codec=target.codec, offset=offset)
         return Recoding(record, blob, None, None)
     decoder = load_codec(target.codec, tuple(target.shape), blob)
-    tokens = decoder.decode(torch.from_numpy(_first_codes(cache, target, view)))
-    encoder = fit_codec(name, tokens)
+    is_fitted = parse_codec(codec).family not in ("float32", "float16")
+    n_wanted = 0
+    if is_fitted:
+        n_wanted = enough_images({target.name: tuple(target.shape)}) if wants_many_views(codec) else _FEW_VIEWS
+    sample = sample_tokens(cache, target, decoder, view, codec=codec, n_wanted=n_wanted, progress=progress)
+    try:
+        encoder = fit_codec(codec, sample.fitted)
+    except ConfigError as error:
+        raise ConfigError(f"target {target.name}: {error}") from error
+    if encoder.calibration is not None:
+        warn_of_few_views({target.name: codec}, {target.name: encoder.calibration})
     record = PackTarget(name=target.name, shape=target.shape, codec=encoder.record(), offset=offset)
-    return Recoding(record, encoder.parameters_blob(), decoder, encoder)
+    step = SecondStep(
+        target=target.name,
+        source=target.codec.name,
+        source_db=None if decoder.calibration is None else decoder.calibration.snr_db,
+        codec=codec,
+        added_db=_ratio_db(encoder, sample.measured),
+        n_fitted=len(sample.fitted),
+        n_measured=len(sample.measured),
+        source_bytes=target.codec.code_bytes,
+        code_bytes=encoder.code_bytes,
+    )
+    return Recoding(record, encoder.parameters_blob(), decoder, encoder, step)
 
 
-def _first_codes(cache: Cache, target: TargetRecord, view: str) -> NDArray[np.uint8]:
-    """(n, code_bytes) codes of the first stored views, at most CALIBRATION_VIEWS."""
-    found: list[NDArray[np.uint8]] = []
-    for shard in cache.units(view):
-        receipt = cache.receipt(view, shard)
-        if receipt is None:
-            continue
-        codes = cache.read_codes(view, shard, target.name)
-        rows = receipt.samples.rows[: CALIBRATION_VIEWS - len(found)]
-        found += [codes[row - receipt.first_row] for row in rows]
-        if len(found) == CALIBRATION_VIEWS:
-            break
-    if not found:
-        raise UsageError(f"{cache.path}: {view} holds no view at all, so there is nothing to pack")
-    return np.stack(found)
+def _ratio_db(codec: Codec, tokens: Tensor) -> float | None:
+    """Signal about the mean over the error of decoded tokens; None without tokens, signal or error.
+
+    Args:
+        codec: that encodes and decodes them.
+        tokens: (n, *shape); those in front that the codec stores whole do not count.
+    """
+    n_lead = 0 if codec.basis is None else codec.basis.n_lead
+    counted = _counted(tokens, n_lead)
+    if not len(counted):
+        return None
+    mean = counted.reshape(-1, counted.shape[-1]).mean(dim=0, dtype=torch.float64).float()
+    signal = error = 0.0
+    for part in torch.split(tokens, _MEASURED_AT_ONCE):
+        with torch.inference_mode():
+            exact = part.float()
+            difference = codec.decode(codec.encode(exact)) - exact
+        signal += float(_counted(exact, n_lead).sub(mean).double().square().sum())
+        error += float(_counted(difference, n_lead).double().square().sum())
+    return -10 * math.log10(error / signal) if error > 0 and signal > 0 else None
+
+
+def _counted(tokens: Tensor, n_lead: int) -> Tensor:
+    return tokens[:, n_lead:] if tokens.dim() == 3 else tokens

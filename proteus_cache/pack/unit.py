@@ -43,6 +43,8 @@ class PackedUnit(Document):
     tar: PackTar
     records: str
     """Index records, hexadecimal."""
+    widened: dict[str, int] = Field(default_factory=dict)
+    """Target name to the steps of codes that an overflow widened in encoding again; without those that have none."""
 
     def index_records(self) -> Records:
         """The records as an array."""
@@ -113,14 +115,14 @@ def pack_unit(job: UnitJob, recodings: Sequence[Recoding]) -> PackedUnit:
     """
     cache = open_cache(job.cache)
     receipt = _planned_receipt(cache, job)
-    samples = _samples(cache, receipt, job, recodings)
+    samples, widened = _samples(cache, receipt, job, recodings)
     extension = "jpg" if cache.manifest.views.view_format == "jpeg" else "png"
     records = make_records(samples, job.shard)
     temporary = job.out / "tmp"
     temp, written = storage.write_durable(temporary, job.tar_path.name, lambda: tar_buffers(samples, extension))
     storage.publish(temp, job.tar_path)
     tar = PackTar(size=written.size, sha256=written.sha256, receipt=job.receipt, n_samples=len(samples))
-    note = PackedUnit(source=job.source, tar=tar, records=records.tobytes().hex())
+    note = PackedUnit(source=job.source, tar=tar, records=records.tobytes().hex(), widened=widened)
     temp, _ = storage.write_durable(temporary, job.note_path.name, note.sealed)
     storage.publish(temp, job.note_path)
     logger.info("packed unit=%s/%s views=%d bytes=%d", job.view, shard_stem(job.shard), len(samples), written.size)
@@ -159,13 +161,20 @@ def _planned_receipt(cache: Cache, job: UnitJob) -> Receipt:
     return receipt
 
 
-def _samples(cache: Cache, receipt: Receipt, job: UnitJob, recodings: Sequence[Recoding]) -> list[PackedSample]:
+def _samples(
+    cache: Cache, receipt: Receipt, job: UnitJob, recodings: Sequence[Recoding]
+) -> tuple[list[PackedSample], dict[str, int]]:
+    """The samples of a unit, and the widened steps of each target that has any."""
     stored = receipt.samples
     local = [row - receipt.first_row for row in stored.rows]
     by_target: list[list[NDArray[np.uint8]]] = []
+    widened: dict[str, int] = {}
     for recoding in recodings:
         codes = cache.read_codes(job.view, job.shard, recoding.target.name)
-        by_target.append(recoding.apply([codes[row] for row in local]))
+        recoded = recoding.apply([codes[row] for row in local], stored.keys)
+        by_target.append(recoded.codes)
+        if recoded.n_widened:
+            widened[recoding.target.name] = recoded.n_widened
     views = cache.read_views(job.view, job.shard)
     samples = []
     for place, (row, key, digest) in enumerate(zip(local, stored.keys, stored.view_digests, strict=True)):
@@ -173,7 +182,7 @@ def _samples(cache: Cache, receipt: Receipt, job: UnitJob, recodings: Sequence[R
         _check_sample(json, f"{job.view}/{key}.json", job, row, key, digest)
         codes_of_sample = [codes[place] for codes in by_target]
         samples.append(PackedSample(key, job.image_rows[row], job.labels[row], view, json, codes_of_sample))
-    return samples
+    return samples, widened
 
 
 def _check_sample(json: bytes, what: str, job: UnitJob, row: int, key: str, digest: str) -> None:

@@ -88,6 +88,7 @@ class Extract(Section):
     views: int | None = None
     targets: Names | None = None
     codec: str | None = None
+    calibration_images: int | None = None
     augment: str | None = None
     size: int | None = None
     view_format: str | None = None

@@ -25,7 +25,7 @@ from proteus_cache.plan.human import human_bytes, human_rate, human_time
 from proteus_cache.plan.rates import GPUS, Gpu, Rate, gpu_named
 from proteus_cache.plan.report import read_cores, render_cores
 from proteus_cache.plan.training import TrainingSize
-from proteus_cache.plan.whole import planned_target
+from proteus_cache.plan.whole import planned_targets
 from proteus_cache.teachers.outline import TeacherOutline, outline_teacher
 from proteus_cache.train.config import TrainConfig
 from proteus_cache.train.masking import n_masked_patches
@@ -107,8 +107,9 @@ class Reckoner:
             return _not_known(f"the sizes of the teacher stand in {section.weights}, which is not there")
         size = self._cache_size(section, outline)
         a_view = (
-            f"a view    {human_bytes(size.code_bytes + size.view_bytes)}: {human_bytes(size.code_bytes)} codes "
-            f"({size.target_text()}), {human_bytes(size.view_bytes)} pixels (typical)"
+            f"a view    {size.most}{human_bytes(size.code_bytes + size.view_bytes)}: "
+            f"{human_bytes(size.code_bytes)} codes ({size.target_text()}), "
+            f"{human_bytes(size.view_bytes)} pixels (typical)"
         )
         values: dict[str, Any] = {"code_bytes": size.code_bytes, "view_bytes": size.view_bytes}
         if size.n_images == 0:
@@ -119,7 +120,7 @@ class Reckoner:
             a_view,
             f"views     {size.n_images:,} images x {size.n_views}{probe}; "
             f"{held_out} of {size.n_shards:,} shards held out",
-            f"cache     {human_bytes(size.bytes)} in {size.n_files:,} files",
+            f"cache     {size.most}{human_bytes(size.bytes)} in {size.n_files:,} files",
         ]
         seconds = None
         rate = self._rate_of_teacher(outline)
@@ -138,12 +139,14 @@ class Reckoner:
             return Numbers()
         size = self._pack_size(section, outline)
         each = size.packed_bytes_per_view
-        a_view = f"a view    {human_bytes(each)}: {human_bytes(size.code_bytes)} codes ({size.target_text()})"
+        a_view = (
+            f"a view    {size.most}{human_bytes(each)}: {human_bytes(size.code_bytes)} codes ({size.target_text()})"
+        )
         if size.n_images == 0:
             return Numbers(lines=[a_view], values={"bytes_per_view": each})
         stored = size.n_stored_views * each
         values = {"bytes_per_view": each, "bytes": stored, "n_stored_views": size.n_stored_views}
-        lines = [a_view, f"pack      {human_bytes(stored)}, {size.n_stored_views:,} views"]
+        lines = [a_view, f"pack      {size.most}{human_bytes(stored)}, {size.n_stored_views:,} views"]
         return Numbers(lines=lines, values=values, stored_bytes=0.0 if section.move else stored)
 
     def _of_run(self, stage: Stage, section: Train) -> Numbers:
@@ -252,13 +255,15 @@ class Reckoner:
         self, section: Extract, outline: TeacherOutline, targets: tuple[str, ...], codec: str, count: int
     ) -> CacheSize:
         n_images = self._images_of_cache(section) or 0
+        planned = planned_targets(outline, targets, codec)
         return CacheSize(
             n_images=n_images,
             n_views=count,
             n_probe=n_probe_images(n_images, section.probe_images),
             shard_size=section.shard_size or DEFAULT_SHARD_SIZE,
-            targets=tuple(planned_target(outline, name, codec) for name in targets),
+            targets=planned.records,
             view_bytes=typical_view_bytes(outline.size_px, section.view_format or "jpeg"),
+            at_most=planned.at_most,
         )
 
     def _images_of_cache(self, section: Extract) -> int | None:

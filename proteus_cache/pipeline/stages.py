@@ -17,9 +17,9 @@ from typing import Any, Literal, TypeAlias
 import yaml
 
 from proteus_cache.choices import unknown
-from proteus_cache.codecs.names import codec_for_target
+from proteus_cache.codecs.names import codec_for_target, parse_codec
 from proteus_cache.errors import ConfigError, UsageError
-from proteus_cache.extract.config import DEFAULT_TARGETS, DEFAULT_VIEWS, ExtractConfig
+from proteus_cache.extract.config import DEFAULT_CODEC, DEFAULT_TARGETS, DEFAULT_VIEWS, ExtractConfig
 from proteus_cache.next_steps import command_line
 from proteus_cache.pipeline.document import Evaluate, Extract, Pack, Pipeline, Section, Train
 from proteus_cache.teachers.registry import check_teacher_name
@@ -219,7 +219,7 @@ def _pack(name: str, stage: Pack, pipeline: Pipeline, home: Path, file: Path) ->
             if target not in held:
                 raise UsageError(f"the cache {stage.cache} does not keep {target!r}; it keeps {', '.join(held)}")
         if stage.codec is not None:
-            codec_for_target(stage.codec, "patch")
+            _check_codec(stage.codec, cache.codec or DEFAULT_CODEC, stage.cache)
         most = cache.views or DEFAULT_VIEWS
         if n_views(stage, pipeline) > most:
             raise UsageError(f"{n_views(stage, pipeline)} views of {stage.cache}, which has {most}; raise its `views`")
@@ -232,6 +232,16 @@ def _pack(name: str, stage: Pack, pipeline: Pipeline, home: Path, file: Path) ->
         section=stage,
         source=home / "caches" / stage.cache,
     )
+
+
+def _check_codec(codec: str, held: str, cache: str) -> None:
+    """`pack` cannot bring back what `klt` has left out."""
+    wanted, found = codec_for_target(codec, "patch"), codec_for_target(held, "patch")
+    if wanted != found and parse_codec(held).family == "klt":
+        raise UsageError(
+            f"the cache {cache} is extracted as {found}, and {wanted} cannot bring back what that has left out; leave "
+            "`codec` out here, or extract the cache as float16"
+        )
 
 
 def _check_moves(pipeline: Pipeline, file: Path) -> None:

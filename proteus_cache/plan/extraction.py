@@ -6,16 +6,21 @@ Nothing is measured here: sizes of views and the teacher's rate come from whoeve
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from proteus_cache import tar
 from proteus_cache.cache.manifest import TargetRecord
 from proteus_cache.errors import SpaceError
+from proteus_cache.plan.fitted import fitted_json, fitted_lines
 from proteus_cache.plan.human import human_bytes, human_rate, human_time
 from proteus_cache.plan.rates import Rate
 from proteus_cache.storage import Free
+
+if TYPE_CHECKING:
+    from proteus_cache.codecs.calibration import CalibrationReport
 
 MARGIN = 1.05
 """Asked for on top of what is counted."""
@@ -51,6 +56,10 @@ class CacheSize:
     """As a manifest holds them: shape, codec, layout of the array."""
     view_bytes: float
     """Mean encoded view in its tar, with its document, headers and padding."""
+    fitted: Mapping[str, CalibrationReport] = field(default_factory=dict)
+    """Target to what fitting its codec showed, where that is known."""
+    at_most: frozenset[str] = frozenset()
+    """Targets whose codes may turn out smaller once their codec is fitted."""
 
     @property
     def code_bytes(self) -> int:
@@ -58,10 +67,14 @@ class CacheSize:
         return sum(target.codec.code_bytes for target in self.targets)
 
     @property
+    def overhead_bytes(self) -> int:
+        """What a view takes besides codes and pixels: checksums and places in the Zarr index, and in the receipt."""
+        return _ZARR_BYTES_PER_CHUNK * len(self.targets) + _RECEIPT_BYTES_PER_VIEW
+
+    @property
     def bytes_per_view(self) -> float:
         """Everything that one view adds to a cache."""
-        index = _ZARR_BYTES_PER_CHUNK * len(self.targets)
-        return self.code_bytes + self.view_bytes + index + _RECEIPT_BYTES_PER_VIEW
+        return self.code_bytes + self.view_bytes + self.overhead_bytes
 
     @property
     def packed_bytes_per_view(self) -> float:
@@ -110,6 +123,11 @@ class CacheSize:
         """All bytes of the cache."""
         return self.n_stored_views * self.bytes_per_view
 
+    @property
+    def most(self) -> str:
+        """Before a number of bytes: "at most " where some codes may turn out smaller."""
+        return "at most " if self.at_most else ""
+
     def bytes_of(self, n_views: int) -> float:
         """Bytes of so many stored views."""
         return n_views * self.bytes_per_view
@@ -122,9 +140,19 @@ class CacheSize:
             "n_probe": self.n_probe,
             "shard_size": self.shard_size,
             "n_shards": self.n_shards,
-            "targets": {t.name: {"shape": list(t.shape), "codec": t.codec.name} for t in self.targets},
+            "targets": {
+                t.name: {
+                    "shape": list(t.shape),
+                    "codec": t.codec.name,
+                    "code_bytes": t.codec.code_bytes,
+                    "code_bytes_at_most": t.name in self.at_most,
+                    "fitted": fitted_json(self.fitted.get(t.name)),
+                }
+                for t in self.targets
+            },
             "code_bytes": self.code_bytes,
             "view_bytes": self.view_bytes,
+            "overhead_bytes": self.overhead_bytes,
             "bytes_per_view": self.bytes_per_view,
             "bytes": self.bytes,
             "files": self.n_files,
@@ -185,7 +213,9 @@ class ExtractPlan:
             f"teacher   {self.teacher} ({self.weights})",
             f"views     {size.n_images:,} images x {size.n_views}{extra}; held out: {held_out}",
             f"targets   {size.target_text()}",
-            f"bytes     {human_bytes(size.code_bytes)} codes + {human_bytes(size.view_bytes)} pixels a view",
+            *fitted_lines(size.fitted),
+            f"bytes     {human_bytes(size.bytes_per_view)} a view: {human_bytes(size.code_bytes)} codes, "
+            f"{human_bytes(size.view_bytes)} pixels, {human_bytes(size.overhead_bytes)} checksums and receipt",
         ]
         if self.units_todo == 0:
             return [*lines, f"to do     nothing: all {size.n_units} units are there"]

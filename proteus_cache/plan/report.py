@@ -9,6 +9,7 @@ from typing import Any
 from proteus_cache.cache.reader import is_cache
 from proteus_cache.next_steps import command_line
 from proteus_cache.plan.costs import teacher_shape
+from proteus_cache.plan.extraction import CacheSize
 from proteus_cache.plan.human import human_bytes, human_rate, human_time
 from proteus_cache.plan.rates import READ_S, RENDER_S
 from proteus_cache.plan.whole import StudentPlan, WholePlan
@@ -166,7 +167,6 @@ def _cache_lines(plan: WholePlan) -> list[str]:
     gflop = teacher_shape(plan.outline).forward_flops / 1e9
     probe = f" + a probe of {size.n_probe:,}" if size.n_probe else ""
     held_out = f"; {cache.n_held_out} of {size.n_shards:,} shards held out" if cache.n_held_out else ""
-    each, view_bytes = size.code_bytes + size.view_bytes, human_bytes(size.view_bytes)
     typical = "(typical; --images DIR measures)" if plan.views_are_typical else "(of your images)"
     return [
         *_labelled(
@@ -175,20 +175,39 @@ def _cache_lines(plan: WholePlan) -> list[str]:
         *_labelled("views", f"{size.n_images:,} images x {size.n_views}{probe}{held_out}"),
         *_labelled("targets", size.target_text()),
         *_labelled(
-            "a view", f"{human_bytes(each)}: {human_bytes(size.code_bytes)} codes, {view_bytes} pixels {typical}"
+            "a view",
+            f"{size.most}{human_bytes(size.bytes_per_view)}: {human_bytes(size.code_bytes)} codes, "
+            f"{human_bytes(size.view_bytes)} pixels {typical}, {size.overhead_bytes:,} B more",
         ),
-        *_labelled("cache", f"{human_bytes(size.bytes)} in {size.n_files:,} files"),
-        *_labelled("pack", f"{human_bytes(plan.pack_bytes)}, made by the first training; pack --move frees the cache"),
+        *_unfitted(size),
+        *_labelled("cache", f"{size.most}{human_bytes(size.bytes)} in {size.n_files:,} files"),
+        *_labelled(
+            "pack",
+            f"{size.most}{human_bytes(plan.pack_bytes)}, made by the first training; pack --move frees the cache",
+        ),
         *_labelled("free", f"{human_bytes(cache.free.bytes)} at {cache.out}: {_verdict(plan)}"),
         *([] if not is_cache(cache.out) else _labelled("there", "a cache already: extract goes on with it")),
     ]
+
+
+def _unfitted(size: CacheSize) -> list[str]:
+    """What to expect of codecs that are not fitted yet."""
+    if not size.at_most:
+        return []
+    names = [f"{target.name} ({target.codec.name})" for target in size.targets if target.name in size.at_most]
+    return _labelled(
+        "codes",
+        f"of {' and '.join(names)}: how many bytes the ratio takes is known once extract has fitted the codec to "
+        "views, before it stores any; planned is the most, for components that all vary alike",
+    )
 
 
 def _verdict(plan: WholePlan) -> str:
     """Whether cache and pack fit."""
     cache = plan.cache
     if not cache.fits():
-        return f"does not fit; {cache.what_fits('--n-images')}"
+        state = "may not fit; as large as that" if cache.size.at_most else "does not fit;"
+        return f"{state} {cache.what_fits('--n-images')}"
     if not plan.pack_fits_beside_it:
         return "the cache fits, a pack beside it does not: use pack --move, or --out on another disk"
     return "cache and pack fit"

@@ -6,16 +6,15 @@ written but what measuring the disk takes for seconds.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
 
 import torch
 
 from proteus_cache import storage
 from proteus_cache.cache.manifest import TargetRecord
-from proteus_cache.codecs.codec import codec_for_target, fit_codec
+from proteus_cache.codecs.names import codec_for_target
 from proteus_cache.devices import gpu_name
 from proteus_cache.errors import UsageError
 from proteus_cache.extract.calibration import first_views
@@ -27,6 +26,7 @@ from proteus_cache.extract.config import (
     ExtractConfig,
 )
 from proteus_cache.extract.listing import held_out_shards, image_table, n_probe_images, n_trained_images
+from proteus_cache.plan.codes import is_upper_limit, planned_codec
 from proteus_cache.plan.config import IMAGENET_IMAGES, PlanConfig
 from proteus_cache.plan.costs import FORWARD, STEP, student_shape, teacher_shape
 from proteus_cache.plan.extraction import MARGIN, CacheSize, ExtractPlan, typical_view_bytes
@@ -37,9 +37,6 @@ from proteus_cache.students.registry import student_size
 from proteus_cache.teachers.outline import TeacherOutline, outline_teacher
 from proteus_cache.train.config import TrainConfig
 from proteus_cache.views.spec import ViewSpec
-
-_SAMPLE_VIEWS: Final = 8
-"""Views of random tokens that codecs are fitted to, for the size of their codes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -163,7 +160,7 @@ def make_plan(config: PlanConfig, say: Callable[[str], None]) -> WholePlan:
     outline = outline_teacher(config.teacher, weights=config.weights, size_px=config.size_px)
     names = config.targets or DEFAULT_TARGETS
     codec = config.codec or DEFAULT_CODEC
-    targets = tuple(planned_target(outline, name, codec) for name in names)
+    targets = planned_targets(outline, names, codec)
     n_images, view_bytes, photographs = _images(config, extraction, outline)
     cache = _cache_plan(config, extraction, targets, n_images, view_bytes or typical_view_bytes(outline.size_px))
     needed = TrainConfig(student=config.asked_students[0], data=Path(), out=Path()).targets
@@ -186,17 +183,28 @@ def make_plan(config: PlanConfig, say: Callable[[str], None]) -> WholePlan:
     )
 
 
-def planned_target(outline: TeacherOutline, name: str, codec: str) -> TargetRecord:
-    """One target as a manifest would hold it, but for the digest of its codec's parameters.
+@dataclass(frozen=True, slots=True)
+class PlannedTargets:
+    """The targets of a cache that nobody has planned yet."""
 
-    The codec is fitted to random tokens: only the size and layout of its codes are of use.
+    records: tuple[TargetRecord, ...]
+    """As a manifest would hold them, but for the digests of their codecs' parameters."""
+    at_most: frozenset[str]
+    """Those whose codes may turn out smaller once their codec is fitted."""
+
+
+def planned_targets(outline: TeacherOutline, names: Iterable[str], codec: str) -> PlannedTargets:
+    """Targets of a teacher under a codec, fitted to nothing: only the size and layout of the codes are of use.
 
     Raises:
-        UsageError: the teacher has no such target, or no codec has this name.
+        UsageError: the teacher has no such target, no codec has this name, or none reaches its goal.
     """
-    shape = outline.target_shape(name)
-    tokens = torch.randn(_SAMPLE_VIEWS, *shape, generator=torch.Generator().manual_seed(0))
-    return TargetRecord(name=name, shape=list(shape), codec=fit_codec(codec_for_target(codec, name), tokens).record())
+    codecs = {name: codec_for_target(codec, name) for name in names}
+    records = []
+    for name, chosen in codecs.items():
+        shape = outline.target_shape(name)
+        records.append(TargetRecord(name=name, shape=list(shape), codec=planned_codec(chosen, shape)))
+    return PlannedTargets(tuple(records), frozenset(name for name, chosen in codecs.items() if is_upper_limit(chosen)))
 
 
 def _images(
@@ -218,7 +226,7 @@ def _images(
 def _cache_plan(
     config: PlanConfig,
     extraction: ExtractConfig,
-    targets: tuple[TargetRecord, ...],
+    targets: PlannedTargets,
     n_images: int,
     view_bytes: float,
 ) -> ExtractPlan:
@@ -228,8 +236,9 @@ def _cache_plan(
         n_views=extraction.views or DEFAULT_VIEWS,
         n_probe=n_probe_images(n_images, None),
         shard_size=DEFAULT_SHARD_SIZE,
-        targets=targets,
+        targets=targets.records,
         view_bytes=view_bytes,
+        at_most=targets.at_most,
     )
     return ExtractPlan(
         out=config.out,

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from proteus_cache import storage, stores
 from proteus_cache.cache.layout import PROBE, views_tar
-from proteus_cache.cache.manifest import TeacherRecord, ViewsRecord
+from proteus_cache.cache.manifest import TargetRecord, TeacherRecord, ViewsRecord
 from proteus_cache.cache.reader import Cache, combine_view_ids, open_cache
 from proteus_cache.cache.writer import rows_of_view
 from proteus_cache.errors import FormatError, UsageError
 from proteus_cache.plan import human_bytes
+from proteus_cache.plan.fitted import fitted_json, fitted_lines
+
+if TYPE_CHECKING:
+    from proteus_cache.pack.document import PackTarget
 
 _TRAIN_AGAIN = "run the same training with --resume: it writes the file anew"
 
@@ -68,7 +74,10 @@ def summarise_cache(path: Path) -> dict[str, Any]:
         "images": manifest.images.model_dump(exclude={"classes"})
         | {"n_classes": len(manifest.images.classes or []) or None},
         "view_spec": manifest.views.model_dump(),
-        "targets": {target.name: target.model_dump(exclude={"name"}) for target in manifest.targets},
+        "targets": {
+            target.name: target.model_dump(exclude={"name"}) | {"fitted": _fitted(target, cache.parameters_blob)}
+            for target in manifest.targets
+        },
         "code_bytes": manifest.bytes_per_view,
         "view_bytes": _mean_view_bytes(cache, receipts),
         "shard_size": manifest.shard_size,
@@ -76,12 +85,37 @@ def summarise_cache(path: Path) -> dict[str, Any]:
         "probe": views.get(PROBE),
         "n_stored_views": stored,
         "n_quarantined": len(quarantined),
+        "n_widened": _widened(receipts),
         "is_complete": all(entry["units"] == entry["units_all"] for entry in views.values()) and bool(views),
         "units_left": sum(entry["units_all"] - entry["units"] for entry in views.values()),
         "bytes": sum(entry["bytes"] for entry in views.values()),
         "libraries": manifest.libraries,
         "licences": manifest.licences,
     }
+
+
+def _fitted(
+    target: TargetRecord | PackTarget,
+    blob_of: Callable[[Any], bytes | None],  # of either kind of target
+) -> dict[str, Any] | None:
+    """What fitting the codec of a target showed; None for codecs that only need a scale, or nothing."""
+    from proteus_cache.codecs.names import wants_many_views
+
+    if not wants_many_views(target.codec.name):
+        return None
+    from proteus_cache.codecs import load_codec
+
+    codec = load_codec(target.codec, tuple(target.shape), blob_of(target))
+    return fitted_json(codec.calibration)
+
+
+def _widened(receipts: dict[str, list[Any]]) -> dict[str, int]:
+    """Target to the steps of its codes that an overflow widened; those without any are left out."""
+    counted: Counter[str] = Counter()
+    for found in receipts.values():
+        for receipt in found:
+            counted.update(receipt.widened if receipt is not None else {})
+    return dict(counted)
 
 
 def _mean_view_bytes(cache: Cache, receipts: dict[str, list[Any]]) -> float | None:
@@ -119,7 +153,10 @@ def summarise_pack(path: Path) -> dict[str, Any]:
         "cache_manifest": document.cache.manifest,
         "teacher": document.teacher.model_dump(),
         "view_spec": document.views.model_dump(),
-        "targets": {target.name: target.model_dump(exclude={"name"}) for target in document.targets},
+        "targets": {
+            target.name: target.model_dump(exclude={"name"}) | {"fitted": _fitted(target, pack.parameters_blob)}
+            for target in document.targets
+        },
         "code_bytes": document.code_bytes,
         "shard_size": document.shard_size,
         "n_images": document.n_images,
@@ -203,6 +240,9 @@ def _describe_cache(summary: dict[str, Any]) -> list[str]:
         f"bytes     {human_bytes(summary['bytes'])}: {human_bytes(summary['code_bytes'])} codes + "
         f"{human_bytes(summary['view_bytes'] or 0)} pixels a view",
     ]
+    if summary["n_widened"]:
+        counts = ", ".join(f"{count:,} of {name}" for name, count in summary["n_widened"].items())
+        lines.append(f"widened   steps of codes, by values beyond what calibration showed: {counts}")
     entries = summary["views"] | ({PROBE: summary["probe"]} if summary["probe"] else {})
     for view, entry in entries.items():
         lines.append(f"{view:<9} {entry['views']:,} views, {entry['units']} of {entry['units_all']} units")
@@ -236,7 +276,15 @@ def _describe_source(summary: dict[str, Any]) -> list[str]:
         f"teacher   {teacher.name} ({teacher.weights_source}, {teacher.weights_sha256[:12]}), {teacher.precision}",
         f"views     {views.augment}, {views.size_px} px, {views.view_format}, seed {views.seed}",
         f"targets   {targets}",
+        *_describe_fits(summary["targets"]),
     ]
+
+
+def _describe_fits(targets: dict[str, dict[str, Any]]) -> list[str]:
+    from proteus_cache.codecs.calibration import CalibrationReport
+
+    fitted = {name: target["fitted"] for name, target in targets.items() if target.get("fitted")}
+    return fitted_lines({name: CalibrationReport(**values) for name, values in fitted.items()})
 
 
 def _describe_run(summary: dict[str, Any]) -> list[str]:

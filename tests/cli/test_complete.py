@@ -45,7 +45,8 @@ def complete(line: str, **environment: str) -> list[str]:
         ("proteus-cache extract --view-format ", ["jpeg", "png"]),
         ("proteus-cache extract --precision fp", ["fp32", "fp16"]),
         ("proteus-cache train --student ", list(STUDENTS)),
-        ("proteus-cache pack x --codec i", ["int8"]),
+        ("proteus-cache pack x --codec i", ["int8", "int4"]),
+        ("proteus-cache pack x --codec k", ["klt:20dB"]),
         ("proteus-cache fetch dinov2_vits", ["dinov2_vits14", "dinov2_vits14_reg"]),
         ("proteus-cache extract --images ", []),  # left to the shell, which knows files
     ],

@@ -15,11 +15,11 @@ from markdown_it import MarkdownIt
 from timm.models.vision_transformer import VisionTransformer
 
 from proteus_cache.cli.app import app
-from proteus_cache.codecs import codec_for_target, fit_codec
-from proteus_cache.codecs.names import CODEC_NAMES
+from proteus_cache.codecs.names import CODEC_NAMES, codec_for_target
 from proteus_cache.demo.run import OWN_IMAGES, OWN_SIZE_PX, VIEWS
 from proteus_cache.demo.run import STUDENT as DEMO_STUDENT
 from proteus_cache.demo.scenes import CLASSES
+from proteus_cache.plan.codes import planned_codec
 from proteus_cache.students.registry import STUDENTS, student_architecture
 from tests.docs.pages import PAGES, ROOT, blocks_of, indented_blocks_of, name_of
 
@@ -122,7 +122,7 @@ def test_the_bytes_of_a_codec_are_those_of_the_program(codec: str) -> None:
     (shown,) = re.findall(rf"^\| `{codec}` \| ([\d,]+) KB \|", GUIDE.read_text(), flags=re.MULTILINE)
 
     shapes = {"cls": (1536,), "patch": (256, 1536)}
-    codecs = [fit_codec(codec_for_target(codec, name), torch.zeros(1, *shape)) for name, shape in shapes.items()]
+    codecs = [planned_codec(codec_for_target(codec, name), shape) for name, shape in shapes.items()]
     assert shown == f"{sum(each.code_bytes for each in codecs) / 1000:,.0f}"
 
 

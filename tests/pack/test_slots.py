@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from proteus_cache.pack.slots import SlotPool, SlotShape, available_memory, shared_file
+from proteus_cache.memory import available_memory
+from proteus_cache.pack.slots import SlotPool, SlotShape, shared_file
 
 SHAPE = SlotShape(n=3, code_bytes=5, side_px=2)
 

@@ -37,6 +37,16 @@ def test_a_file_is_read_whole(tmp_path: Path) -> None:
     assert pipeline.eval["knn"].run is None
 
 
+def test_a_pack_cannot_bring_back_what_its_cache_has_left_out(tmp_path: Path) -> None:
+    document = _changed(("extract", "c", "codec"), "klt:20dB")
+    document["pack"]["c-float16"]["codec"] = "klt:20db"  # the same
+
+    plan_pipeline(write(tmp_path / "p.yaml", document), tmp_path / "home")
+    document["pack"]["c-float16"]["codec"] = "float16"
+    with pytest.raises(UsageError, match="pack.c-float16: the cache c is extracted as klt:20dB, and float16 cannot"):
+        plan_pipeline(write(tmp_path / "p.yaml", document), tmp_path / "home")
+
+
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
@@ -61,6 +71,8 @@ def test_a_file_is_read_whole(tmp_path: Path) -> None:
             "extract.c: unknown teacher 'dinov2_vitg'; did you mean dinov2_vitg14",
         ),
         (("extract", "c", "codec"), "int9", "extract.c: .*int8"),
+        (("extract", "c", "codec"), "klt", "extract.c: .*klt needs a goal"),
+        (("extract", "c", "calibration_images"), 0, "extract.c: --calibration-images must be .* at least 1, got 0"),
         (("extract", "c", "targets"), [], r"extract.c.targets must be a list of names, got \[\]"),
         (("extract", "c", "targets"), "cls,patch,block.99", "extract.c: .*block.99"),
         (("extract", "c", "size"), 85, "extract.c: .*85"),

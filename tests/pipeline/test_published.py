@@ -85,12 +85,15 @@ def test_one_cache_serves_all_four_students_and_is_that_of_the_pair() -> None:
 
 
 def test_the_study_compares_views_and_codecs_on_one_cache() -> None:
-    halves = [_stages(f"imagenet100-{codec}", "extract") for codec in ("float16", "int8")]
-    runs = _stages("imagenet100-float16", "train") | _stages("imagenet100-int8", "train")
+    codecs = {"float16": "float16", "int8": "int8", "int4": "int4", "klt20": "klt:20dB"}
+    parts = [_stages(f"imagenet100-{name}", "extract") for name in codecs]
+    runs = {name: stage for part in codecs for name, stage in _stages(f"imagenet100-{part}", "train").items()}
+    packs = {name: stage for part in codecs for name, stage in _stages(f"imagenet100-{part}", "pack").items()}
 
-    assert len({stage.arguments for half in halves for stage in half.values()}) == 1
-    wanted = {f"imagenet100-v{views}-{codec}" for views in (1, 4, 16) for codec in ("float16", "int8")}
-    assert set(runs) == wanted | {"imagenet100-fresh"}
+    assert len({stage.arguments for part in parts for stage in part.values()}) == 1
+    wanted = {f"imagenet100-v{views}-{name}": codec for views in (1, 4, 16) for name, codec in codecs.items()}
+    assert set(runs) == {*wanted, "imagenet100-fresh"}
+    assert {name: stage.arguments[-1] for name, stage in packs.items()} == wanted
     recipes = [
         {key: value for key, value in stage.training.identity().items() if key not in _SOURCES}
         for stage in runs.values()

@@ -146,6 +146,10 @@ def test_a_plan_is_the_one_that_extract_opens_with(codec: str, tmp_path: Path, p
     )
 
     ours, theirs = plan.cache, announced[0]
+    if codec == "klt:20dB":  # not known before it is fitted
+        assert ours.size.at_most == {"patch"}
+        assert ours.size.code_bytes >= theirs.size.code_bytes
+        ours = replace(ours, size=replace(ours.size, targets=theirs.size.targets))
     for name in ("n_images", "n_views", "n_probe", "shard_size", "code_bytes", "view_bytes", "n_files", "bytes"):
         assert getattr(ours.size, name) == getattr(theirs.size, name), name
     assert ours.size.target_text() == theirs.size.target_text()

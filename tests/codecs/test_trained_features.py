@@ -32,7 +32,7 @@ def tokens(test_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     weights = str(test_data / "teachers" / "cifar10_vit.safetensors")
     teacher = load_teacher("vit", weights=weights, home=tmp_path_factory.mktemp("home"), size_px=None)
     pixels = _photographs(test_data, _N_CALIBRATION * 3 // 2)
-    parts = [teacher.targets(part, ["patch", "block.1.raw"]) for part in pixels.split(100)]
+    parts = [teacher.targets(part, ["patch", "block.1.raw"]) for part in torch.split(pixels, 100)]
     return {name: torch.cat([part[name] for part in parts]).float() for name in ("patch", "block.1.raw")}
 
 

@@ -2,7 +2,7 @@
 
 Codes of one view of T tokens of width D, `2 T + T ceil(D / 2)` bytes:
 
-    T x float16            gain of each token, little-endian; below 0 where an overflow widened it
+    T x float16            gain of each token, little-endian; below 0 where a value overflowed
     T x ceil(D/2) x uint8  levels q, 0 to 15, of channels 2 j (low four bits) and 2 j + 1 (high) in byte j, row by row;
                            where D is odd the last high bits are 0
 
@@ -11,8 +11,8 @@ Codes of one view of T tokens of width D, `2 T + T ceil(D / 2)` bytes:
 A token's gain is the root mean square of its channels in units of their scales. The levels are those of a Lloyd-Max
 quantiser of (x - mean) / (scale * gain), fitted on calibration views, times scale, times the factor that makes the
 slope of decoded on original 1. Beyond 1.25 times what calibration showed of its channel a value overflows: then its
-token's gain is raised until no value lies beyond the outermost levels, which coarsens this token and no other, and the
-sign counts it.
+token takes that power of two as gain that leaves the least error. This coarsens or clips this token and no other, and
+the sign counts it.
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ import hashlib
 import math
 
 import torch
-from safetensors.torch import load, save
+from safetensors.torch import save
 from torch import Tensor
 
 from proteus_cache.codecs.calibration import N_NUMBERS, CalibrationReport
 from proteus_cache.codecs.codec import Codec, read_as
 from proteus_cache.codecs.lloyd import Histograms, nearest_levels, thresholds_of, unbiased_scale
+from proteus_cache.codecs.parameters import check_shapes, check_tensors, load_parameters
 from proteus_cache.codecs.record import CodecRecord
 from proteus_cache.codecs.waterfill import gaussian_rate
 from proteus_cache.errors import FormatError
@@ -40,6 +41,10 @@ _AT_ONCE = 1 << 14
 _SMALLEST_GAIN = 2.0**-14
 """Of a normal float16."""
 _TENSORS = ("mean", "levels", "inverse_scale", "thresholds", "low", "high", "calibration")
+_DTYPES = dict.fromkeys(_TENSORS[:-1], torch.float32) | {"calibration": torch.float64}
+_COARSE_GAINS = tuple(2.0**octave for octave in range(-4, 16))
+_LARGEST_GAIN = 60_000.0
+"""Of a token whose values do not overflow; float16 ends at 65,504."""
 
 
 class Int4Codec(Codec):
@@ -91,10 +96,7 @@ class Int4Codec(Codec):
         Raises:
             FormatError: other tensors, or of another width.
         """
-        tensors = load(blob)
-        if set(tensors) != set(_TENSORS):
-            raise FormatError(f"codec int4: parameters hold {sorted(tensors)}, not {', '.join(_TENSORS)}")
-        return cls(shape, tensors)
+        return cls(shape, load_parameters("int4", blob, _DTYPES))
 
     def encode(self, tokens: Tensor) -> Tensor:
         """(B, *shape) float32 to (B, code_bytes) uint8; non-finite tokens give meaningless codes."""
@@ -124,7 +126,7 @@ class Int4Codec(Codec):
         return torch.addcmul(self.mean, values, gain.unsqueeze(-1)).reshape(batch, *self.shape)
 
     def widened(self, codes: Tensor) -> Tensor:
-        """(B,) int64: tokens of each view whose gain an overflow raised."""
+        """(B,) int64: tokens of each view in which a value overflowed."""
         self.check_codes(codes)
         return (self._gain_of(codes) < 0).sum(dim=1)
 
@@ -143,22 +145,28 @@ class Int4Codec(Codec):
         )
 
     def _gains_for(self, scaled: Tensor) -> Tensor:
-        """(..., D) channels in units of their scale to (...) float16 gains; below 0 where an overflow raised one."""
-        size = scaled.square().mean(dim=-1).sqrt().to(torch.float16)
-        is_wide = torch.maximum(scaled / self.high, scaled / self.low).amax(dim=-1) > size.float()
-        outermost = self.levels[:, [0, -1]] * self.inverse_scale.unsqueeze(1)
-        raised = torch.maximum(scaled / outermost[:, 0], scaled / outermost[:, 1]).amax(dim=-1)
-        return torch.where(is_wide, -_float16_at_least(raised), size)
+        """(B, T, D) channels in units of their scale to (B, T) float16 gains; below 0 where a value overflowed."""
+        size = scaled.square().mean(dim=-1).sqrt_()
+        overflows = torch.maximum(scaled / self.high, scaled / self.low).amax(dim=-1) > size
+        gains = size.clamp(_SMALLEST_GAIN, _LARGEST_GAIN).to(torch.float16)
+        where = (overflows | (size > _LARGEST_GAIN)).nonzero(as_tuple=True)
+        if where[0].numel():
+            gains[where] = -self._coarse_gains_for(scaled[where])
+        return gains
+
+    def _coarse_gains_for(self, scaled: Tensor) -> Tensor:
+        """(n, D) channels of tokens to (n,) float16: the powers of two that leave the least error."""
+        found = []
+        for gain in _COARSE_GAINS:
+            levels = nearest_levels(scaled / gain, self.channels, self._bounds, _BITS).long()
+            decoded = torch.gather(self.levels.T, 0, levels) * gain
+            found.append((decoded - scaled / self.inverse_scale).square().sum(dim=-1))
+        gains = torch.tensor(_COARSE_GAINS, dtype=torch.float16, device=scaled.device)
+        return gains[torch.stack(found).argmin(dim=0)]
 
     def _gain_of(self, codes: Tensor) -> Tensor:
         """(B, T) float16."""
         return read_as(codes[:, : 2 * self.n_tokens], torch.float16)
-
-
-def _float16_at_least(values: Tensor) -> Tensor:
-    """Values rounded up to float16."""
-    rounded = values.to(torch.float16)
-    return torch.where(rounded.float() < values, rounded * (1 + 2.0**-10), rounded)
 
 
 def _pair_table(levels: Tensor) -> Tensor:
@@ -172,17 +180,13 @@ def _pair_table(levels: Tensor) -> Tensor:
 
 
 def _check(parameters: dict[str, Tensor], width: int) -> None:
+    check_tensors("int4", parameters, _DTYPES)
     shapes: dict[str, tuple[int, ...]] = dict.fromkeys(_TENSORS, (width,))
     shapes |= {"levels": (width, _LEVELS), "thresholds": (width, _LEVELS - 1), "calibration": (N_NUMBERS,)}
-    for name, shape in shapes.items():
-        if tuple(parameters[name].shape) != shape:
-            raise FormatError(f"codec int4: {name} is {tuple(parameters[name].shape)} in the parameters, not {shape}")
-        if not bool(torch.isfinite(parameters[name]).all()):
-            raise FormatError(f"codec int4: {name} holds numbers that are not finite")
-    below, above = parameters["levels"][:, 0], parameters["levels"][:, -1]
-    inside = (parameters["low"] < 0) & (parameters["high"] > 0) & (below < 0) & (above > 0)
-    if not bool(inside.all()):
-        raise FormatError("codec int4: the range of a channel does not hold its mean")
+    check_shapes("int4", parameters, shapes)
+    is_usable = (parameters["low"] < 0) & (parameters["high"] > 0) & (parameters["inverse_scale"] > 0)
+    if not bool(is_usable.all()):
+        raise FormatError("codec int4: the range of a channel does not hold its mean, or a scale is not above 0")
 
 
 def fit_int4(tokens: Tensor, device: str | torch.device = "cpu") -> Int4Codec:

@@ -27,7 +27,7 @@ import math
 from dataclasses import dataclass
 
 import torch
-from safetensors.torch import load, save
+from safetensors.torch import save
 from torch import Tensor
 
 from proteus_cache.codecs.bits import pack, packed_bytes, unpack
@@ -35,6 +35,7 @@ from proteus_cache.codecs.calibration import N_NUMBERS, CalibrationReport
 from proteus_cache.codecs.codec import Basis, Codec, read_as
 from proteus_cache.codecs.dct import dct_matrix, to_frequencies, to_places
 from proteus_cache.codecs.lloyd import nearest_levels
+from proteus_cache.codecs.parameters import check_shapes, check_tensors, load_parameters
 from proteus_cache.codecs.record import CodecRecord
 from proteus_cache.codecs.waterfill import MAX_BITS
 from proteus_cache.errors import FormatError
@@ -59,6 +60,7 @@ _TENSORS = (
     "gains",
     "calibration",
 )
+_DTYPES = dict.fromkeys(_TENSORS, torch.float32) | {"bits": torch.uint8, "calibration": torch.float64}
 
 
 def gain_table() -> Tensor:
@@ -86,6 +88,15 @@ def code_bytes_of(bits: Tensor, n_places: int) -> int:
     return packed_bytes(n_places, _GAIN_BITS) + sum(
         packed_bytes(int(counts[b]), b) for b in range(1, MAX_BITS + 1) if counts[b]
     )
+
+
+def bits_of_tables(bits: Tensor) -> list[int]:
+    """Bits of each table, in the order of the codes: most bits first, then by component.
+
+    Args:
+        bits: (K, N) or (K, 1) integers.
+    """
+    return [b for b in range(MAX_BITS, 0, -1) for _ in range(int((bits == b).any(dim=1).sum()))]
 
 
 @dataclass(frozen=True)
@@ -164,10 +175,7 @@ class KltCodec(Codec):
         Raises:
             FormatError: other tensors, or of other tokens.
         """
-        tensors = load(blob)
-        if set(tensors) != set(_TENSORS):
-            raise FormatError(f"codec {name}: parameters hold {sorted(tensors)}, not {', '.join(_TENSORS)}")
-        return cls(name, shape, tensors)
+        return cls(name, shape, load_parameters(name, blob, _DTYPES))
 
     @property
     def basis(self) -> Basis:
@@ -177,7 +185,8 @@ class KltCodec(Codec):
     def encode(self, tokens: Tensor) -> Tensor:
         """(B, T, D) float32 to (B, code_bytes) uint8; non-finite tokens give meaningless codes."""
         tokens = tokens.float()
-        coefficients = self.coefficients(tokens[:, self.n_lead :])
+        with torch.autocast(tokens.device.type, enabled=False):
+            coefficients = self.coefficients(tokens[:, self.n_lead :])
         lead = tokens[:, : self.n_lead].to(torch.float16).contiguous().view(torch.uint8)
         return torch.cat((lead.reshape(tokens.shape[0], -1), self.quantise(coefficients)), dim=1)
 
@@ -201,7 +210,8 @@ class KltCodec(Codec):
             FormatError: the codes were cut short.
         """
         lead, components = self.components(codes)
-        patches = torch.addmm(self.mean, components.reshape(-1, self.n_kept), self.vectors.T)
+        with torch.autocast(codes.device.type, enabled=False):
+            patches = torch.addmm(self.mean, components.reshape(-1, self.n_kept), self.vectors.T)
         return torch.cat((lead, patches.reshape(codes.shape[0], self.n_places, self.width)), dim=1)
 
     def components(self, codes: Tensor) -> tuple[Tensor, Tensor]:
@@ -214,7 +224,8 @@ class KltCodec(Codec):
         lead = read_as(codes[:, : self.lead_bytes], torch.float16).float()
         planes = self.dequantise(codes[:, self.lead_bytes :])
         if self.has_dct:
-            planes = to_places(planes, self._dct)
+            with torch.autocast(codes.device.type, enabled=False):
+                planes = to_places(planes, self._dct)
         return lead.reshape(codes.shape[0], self.n_lead, self.width), planes.transpose(1, 2)
 
     def dequantise(self, codes: Tensor) -> Tensor:
@@ -327,11 +338,6 @@ class KltCodec(Codec):
         table_bits = bits[order][is_new]
         sizes = 1 << table_bits
         starts = torch.nn.functional.pad(sizes.cumsum(0), (1, 0))
-        if self.levels.numel() != int(starts[-1]) or self.thresholds.numel() != int((sizes - 1).sum()):
-            raise FormatError(f"codec {self.name}: its tables are not those that its bits ask for")
-        for key in ("stretch", "low", "high"):
-            if getattr(self, key).shape != sizes.shape:
-                raise FormatError(f"codec {self.name}: {key} is not that of {sizes.numel()} tables")
         self._groups: list[_Group] = []
         first, byte, threshold = 0, packed_bytes(self.n_places, _GAIN_BITS), 0
         for b in range(MAX_BITS, 0, -1):
@@ -371,22 +377,19 @@ def _check(name: str, parameters: dict[str, Tensor], width: int, n_places: int, 
     Raises:
         FormatError: names what is wrong.
     """
+    check_tensors(name, parameters, _DTYPES)
     bits = parameters["bits"]
-    if bits.dim() != 2 or bits.dtype != torch.uint8 or not 0 < bits.shape[0] <= width:
-        raise FormatError(f"codec {name}: bits are {tuple(bits.shape)} of {bits.dtype} in the parameters")
+    if bits.dim() != 2 or not 0 < bits.shape[0] <= width:
+        raise FormatError(f"codec {name}: bits are {tuple(bits.shape)} in the parameters")
     if bits.shape[1] not in (1, n_places) or (bits.shape[1] > 1 and side == 0):
         raise FormatError(f"codec {name}: bits for {bits.shape[1]} places, and a view has {n_places} patches")
     if not bool(((bits >= 1) & (bits <= MAX_BITS)).all()):
         raise FormatError(f"codec {name}: a kept coefficient has no bits, or more than {MAX_BITS}")
-    n_kept = bits.shape[0]
-    shapes = {"mean": (width,), "vectors": (width, n_kept), "scale": tuple(bits.shape), "gains": (1 << _GAIN_BITS,)}
-    shapes["calibration"] = (N_NUMBERS,)
-    for key, shape in shapes.items():
-        if tuple(parameters[key].shape) != shape:
-            raise FormatError(f"codec {name}: {key} is {tuple(parameters[key].shape)} in the parameters, not {shape}")
-    for key, values in parameters.items():
-        if key != "bits" and not bool(torch.isfinite(values).all()):
-            raise FormatError(f"codec {name}: {key} holds numbers that are not finite")
+    n_kept, tables = bits.shape[0], bits_of_tables(bits)
+    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("stretch", "low", "high"), (len(tables),))
+    shapes |= {"mean": (width,), "vectors": (width, n_kept), "scale": tuple(bits.shape), "gains": (1 << _GAIN_BITS,)}
+    shapes |= {"levels": (sum(1 << b for b in tables),), "thresholds": (sum((1 << b) - 1 for b in tables),)}
+    check_shapes(name, parameters, shapes | {"calibration": (N_NUMBERS,)})
     gains = parameters["gains"]
     if not bool((gains[:_FINE].diff() > 0).all() and (gains[_FINE:].diff() > 0).all() and (gains > 0).all()):
         raise FormatError(f"codec {name}: the gains do not rise")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from proteus_cache.codecs.calibration import N_NUMBERS
-from proteus_cache.codecs.klt import MARGIN, KltCodec, gain_table
+from proteus_cache.codecs.klt import MARGIN, KltCodec, bits_of_tables, gain_table
 from proteus_cache.codecs.lloyd import Histograms, thresholds_of, unbiased_scale
 from proteus_cache.codecs.waterfill import MAX_BITS
 
@@ -31,16 +31,17 @@ class CalibrationViews:
     variances: Tensor
     """(K, N) or (K, 1) float64."""
     n_channels: int
-
-    @property
-    def n_places(self) -> int:
-        return self.fitted.shape[2]
+    n_places: int
 
     def some(self, n_tokens: int) -> CalibrationViews:
         """With fewer views for the tables."""
         n_views = min(self.fitted.shape[0], max(1, -(-n_tokens // self.n_places)))
         chosen = torch.linspace(0, self.fitted.shape[0] - 1, n_views).round().long().to(self.fitted.device)
         return replace(self, fitted=self.fitted[chosen])
+
+    def without_planes(self) -> CalibrationViews:
+        """What a report needs."""
+        return replace(self, fitted=self.fitted[:0], tested=self.tested[:0])
 
     @property
     def mean_variance(self) -> float:
@@ -102,28 +103,23 @@ def fit_tables(bits: Tensor, views: CalibrationViews, rounds: int = 2) -> KltFit
 def _first_draft(bits: Tensor, scale: Tensor, planes: Tensor) -> KltCodec:
     """A codec of components (K channels, no transform) with the levels of a Gaussian and no limits."""
     n_kept, n_places = planes.shape[1:]
-    bits_of_tables = _table_bits(bits, n_places)
+    tables = bits_of_tables(bits)
     gaussian = Histograms(1)
-    levels = {b: gaussian.levels(b, torch.zeros(1, dtype=torch.long)).float() for b in set(bits_of_tables)}
+    levels = {b: gaussian.levels(b, torch.zeros(1, dtype=torch.long)).float() for b in set(tables)}
     parameters = {
         "mean": torch.zeros(n_kept),
         "vectors": torch.eye(n_kept),
         "scale": scale.cpu(),
         "bits": bits.to("cpu", torch.uint8),
-        "levels": torch.cat([levels[b].reshape(-1) for b in bits_of_tables]),
-        "thresholds": torch.cat([thresholds_of(levels[b]).reshape(-1) for b in bits_of_tables]),
-        "stretch": torch.ones(len(bits_of_tables)),
-        "low": torch.full((len(bits_of_tables),), -_NO_LIMIT),
-        "high": torch.full((len(bits_of_tables),), _NO_LIMIT),
+        "levels": torch.cat([levels[b].reshape(-1) for b in tables]),
+        "thresholds": torch.cat([thresholds_of(levels[b]).reshape(-1) for b in tables]),
+        "stretch": torch.ones(len(tables)),
+        "low": torch.full((len(tables),), -_NO_LIMIT),
+        "high": torch.full((len(tables),), _NO_LIMIT),
         "gains": gain_table(),
         "calibration": torch.zeros(N_NUMBERS, dtype=torch.float64),
     }
     return KltCodec("klt", (n_places, n_kept), parameters).to(planes.device)
-
-
-def _table_bits(bits: Tensor, n_places: int) -> list[int]:
-    """Bits of each table, in the order of the codes: most bits first, then by component."""
-    return [b for b in range(MAX_BITS, 0, -1) for _ in range(int((bits == b).any(dim=1).sum()))]
 
 
 def _with_levels_for(draft: KltCodec, planes: Tensor) -> KltCodec:
@@ -162,7 +158,7 @@ def _stretched(draft: KltCodec, products: Tensor, squares: Tensor) -> KltCodec:
 
 def _groups_of(draft: KltCodec) -> list[tuple[int, Tensor]]:
     """Bits, and numbers of the tables with so many, in the order of the codes."""
-    bits = torch.tensor(_table_bits(draft.bits, draft.n_places), device=draft.bits.device)
+    bits = torch.tensor(bits_of_tables(draft.bits), device=draft.bits.device)
     return [(b, (bits == b).nonzero().flatten()) for b in range(MAX_BITS, 0, -1) if bool((bits == b).any())]
 
 

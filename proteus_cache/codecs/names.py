@@ -56,7 +56,7 @@ def parse_codec(text: str) -> CodecChoice:
             if is_ratio
             else CodecChoice("klt", goal_bytes=round(number * 1000))
         )
-        if number <= 0 or re.match(NAME_PATTERN, choice.name) is None:
+        if not (choice.goal_db or choice.goal_bytes) or re.match(NAME_PATTERN, choice.name) is None:
             raise ConfigError(f"codec {text!r}: this goal is out of range; write for example klt:20dB or klt:64KB")
         return choice
     if text in CODEC_NAMES:

@@ -93,7 +93,7 @@ def test_odd_widths_and_single_vectors() -> None:
         assert float((decoded - tokens).square().mean() / (tokens - tokens.mean(0)).square().mean()) < 0.02
 
 
-def test_an_overflow_widens_its_own_token_and_is_counted(codec: Codec) -> None:
+def test_an_overflow_costs_its_own_token_no_more_than_itself_and_is_counted(codec: Codec) -> None:
     tokens = smooth_tokens(3, 4)
     broken = tokens.clone()
     broken[1, 7, 3] = -500.0
@@ -103,10 +103,26 @@ def test_an_overflow_widens_its_own_token_and_is_counted(codec: Codec) -> None:
     assert codec.widened(before).tolist() == [0, 0, 0, 0]
     assert codec.widened(after).tolist() == [0, 1, 0, 0]
     decoded, other = codec.decode(after), codec.decode(before)
-    assert abs(float(decoded[1, 7, 3]) + 500) < 0.1 * 500
+    error = float((decoded[1, 7] - broken[1, 7]).square().sum())
+    assert error < 500**2  # clipping it at its old gain would cost more
     others = torch.ones(4, 36, dtype=torch.bool)
     others[1, 7] = False
     assert torch.equal(decoded[others], other[others])
+
+
+@pytest.mark.parametrize("value", [60_000.0, -60_000.0, 500.0])
+def test_a_value_in_a_channel_that_was_constant_stays_finite_and_is_counted(value: float) -> None:
+    tokens = smooth_tokens(0, 200)
+    tokens[..., 5] = -500.0
+    codec = fit_codec("int4", tokens)
+    moved = smooth_tokens(1, 2)
+    moved[..., 5] = -500.0
+    moved[0, 3, 5] = value
+
+    codes = codec.encode(moved)
+
+    assert bool(torch.isfinite(codec.decode(codes)).all())
+    assert codec.widened(codes).tolist() == [1, 0]
 
 
 def test_a_channel_that_hardly_varies_costs_the_others_nothing() -> None:

@@ -1,6 +1,8 @@
 """klt: bytes, goals, slope, masks, and what outliers cost."""
 
+import hashlib
 import math
+import re
 
 import numpy as np
 import pytest
@@ -241,6 +243,18 @@ def test_goals_that_cannot_be_met_name_the_nearest(name: str, message: str) -> N
         fit_codec(name, smooth_tokens(0, 100))
 
 
+@pytest.mark.parametrize("name", ["klt:70dB", "klt:0.5dB", "klt:64KB", "klt:0.02KB", "klt:0.03KB", "klt:5.5dB"])
+def test_what_a_refusal_names_can_be_had(name: str) -> None:
+    tokens = smooth_tokens(0, 300)
+    try:
+        fit_codec(name, tokens)
+    except ConfigError as error:
+        nearest = re.findall(r"klt:[0-9.]+(?:dB|KB)", str(error))[1:]
+        assert nearest
+        for other in nearest:
+            fit_codec(other, tokens)
+
+
 @pytest.mark.parametrize(
     ("tokens", "message"),
     [
@@ -248,6 +262,7 @@ def test_goals_that_cannot_be_met_name_the_nearest(name: str, message: str) -> N
         (torch.ones(20, 16, 8), "the same"),
         (torch.full((20, 16, 8), torch.inf), "view 0 of the 20"),
         (white_tokens(0, 200, 4, 8)[:, 0], "tokens of patches"),
+        (torch.cat((white_tokens(0, 200, 1, 8), torch.ones(200, 16, 8)), dim=1), "patches of all .* the same"),
     ],
 )
 def test_calibration_views_that_teach_nothing_are_refused(tokens: Tensor, message: str) -> None:
@@ -315,10 +330,31 @@ def test_codes_that_were_cut_short_and_foreign_parameters_are_refused(codec: Klt
         ("scale", -codec.scale),
         ("mean", torch.full_like(codec.mean, torch.nan)),
         ("low", codec.low[1:]),
+        ("levels", codec.levels.reshape(2, -1)),
+        ("scale", codec.scale.double()),
+        ("calibration", torch.zeros(N_NUMBERS, dtype=torch.complex64)),
         ("gains", codec.gains.flip(0)),
     ):
         with pytest.raises(FormatError, match="codec klt:20dB"):
             KltCodec(codec.name, codec.shape, codec.parameters_of() | {key: value})
+
+
+def test_a_blob_that_is_no_safetensors_file_is_refused(codec: KltCodec) -> None:
+    blob = b"x" * 100
+    record = codec.record().model_copy(update={"parameters": hashlib.sha256(blob).hexdigest()})
+    with pytest.raises(FormatError, match="not a safetensors file"):
+        load_codec(record, codec.shape, blob)
+
+
+def test_autocast_changes_nothing(codec: KltCodec) -> None:
+    tokens = smooth_tokens(6, 3, n_lead=1)
+    codes = codec.encode(tokens)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(codec.encode(tokens), codes)
+        within = (codec.decode(codes), *codec.components(codes))
+    for found, expected in zip(within, (codec.decode(codes), *codec.components(codes)), strict=True):
+        assert found.dtype == torch.float32
+        assert torch.equal(found, expected)
 
 
 def test_names() -> None:
@@ -326,6 +362,6 @@ def test_names() -> None:
     assert parse_codec("klt:64kb").goal_bytes == 64_000
     assert codec_for_target("klt:64KB", "cls") == "float16"
     assert codec_for_target("klt:20.0dB", "block.3") == "klt:20dB"
-    for wrong in ("klt", "klt:", "klt:0dB", "klt:20", "klt:1e3dB", "klt:99999dB", "int16"):
+    for wrong in ("klt", "klt:", "klt:0dB", "klt:20", "klt:1e3dB", "klt:99999dB", "klt:0.004dB", "int16"):
         with pytest.raises(ConfigError, match="codec"):
             parse_codec(wrong)

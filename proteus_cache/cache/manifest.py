@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import math
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from proteus_cache.codecs.record import CodecRecord
 from proteus_cache.documents import Document
 
 _SHA256 = r"^[0-9a-f]{64}$"
+_MOST_VALUES = 1 << 24
+"""In one view's tokens. The largest real ones (37 x 37 patches of width 1,536) are 2 million."""
+
+
+def _refuse_giants(shape: list[int]) -> list[int]:
+    if math.prod(shape) > _MOST_VALUES:
+        raise ValueError(f"{' x '.join(map(str, shape))} are more than {_MOST_VALUES:,} values")
+    return shape
+
+
+TokenShape = Annotated[
+    list[Annotated[int, Field(ge=1, le=65_536)]], Field(min_length=1, max_length=2), AfterValidator(_refuse_giants)
+]
+"""(D,) or (T, D) of one view's tokens, of a size that a reader can trust itself to hold."""
 
 
 class TeacherRecord(Document):
@@ -62,7 +77,7 @@ class TargetRecord(Document):
     """One target: its shape for one view and its codec."""
 
     name: str = Field(pattern=r"^(cls|patch|block\.\d{1,3}(\.raw)?)$")
-    shape: list[int] = Field(min_length=1, max_length=2)
+    shape: TokenShape
     codec: CodecRecord
 
 

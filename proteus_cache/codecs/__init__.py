@@ -14,22 +14,41 @@ The names below are imported when they are first used, so that `codecs.names` co
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from proteus_cache.codecs.codec import Codec, fit_codec, load_codec
+    from proteus_cache.codecs.calibration import CalibrationReport
+    from proteus_cache.codecs.codec import Basis, Codec, fit_codec, load_codec
     from proteus_cache.codecs.dense import DenseCodec
+    from proteus_cache.codecs.int4 import Int4Codec
+    from proteus_cache.codecs.klt import KltCodec
     from proteus_cache.codecs.names import codec_for_target
     from proteus_cache.codecs.record import CodecRecord
     from proteus_cache.codecs.scalar import Int8Codec
 
 _HOMES = {
+    "Basis": "codec",
+    "CalibrationReport": "calibration",
     "Codec": "codec",
     "CodecRecord": "record",
     "DenseCodec": "dense",
+    "Int4Codec": "int4",
     "Int8Codec": "scalar",
+    "KltCodec": "klt",
     "codec_for_target": "names",
     "fit_codec": "codec",
     "load_codec": "codec",
 }
-__all__ = ["Codec", "CodecRecord", "DenseCodec", "Int8Codec", "codec_for_target", "fit_codec", "load_codec"]
+__all__ = [
+    "Basis",
+    "CalibrationReport",
+    "Codec",
+    "CodecRecord",
+    "DenseCodec",
+    "Int4Codec",
+    "Int8Codec",
+    "KltCodec",
+    "codec_for_target",
+    "fit_codec",
+    "load_codec",
+]
 
 
 def __getattr__(name: str) -> Any:

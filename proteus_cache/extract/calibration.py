@@ -182,7 +182,7 @@ def _many_tokens(
     shapes = {name: teacher.target_shape(name) for name in codecs}
     trained = trained_rows(len(photographs.table), config.shard_size or DEFAULT_SHARD_SIZE, config.seed or 0)
     wanted = min(config.calibration_images or enough_images(shapes), len(trained))
-    room = room_for(shapes, wanted, available_memory())
+    room = room_for(shapes, wanted, available_memory(), codecs)
     if room.n_views < wanted:
         _warn_of_memory(room, wanted)
     first = trained[spread(room.n_views, len(trained))]

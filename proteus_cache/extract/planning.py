@@ -12,10 +12,11 @@ import hashlib
 import io
 import logging
 import os
+import re
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +45,8 @@ from proteus_cache.extract.config import (
 from proteus_cache.extract.listing import held_out_shards, image_table
 from proteus_cache.extract.records import libraries, spec_of, teacher_record, views_record
 from proteus_cache.extract.rendering import default_workers
-from proteus_cache.plan.extraction import CacheSize, ExtractPlan
+from proteus_cache.plan.codes import is_upper_limit, planned_codec
+from proteus_cache.plan.extraction import CacheSize, ExtractPlan, typical_view_bytes
 from proteus_cache.plan.rates import Rate
 from proteus_cache.processes import usable_cores
 from proteus_cache.teachers.registry import load_teacher
@@ -52,6 +54,8 @@ from proteus_cache.teachers.teacher import Teacher
 from proteus_cache.views.spec import ViewSpec
 
 logger = logging.getLogger(__name__)
+
+_PLAN_FILE = re.compile(r"plan-[0-9a-f]{64}\.(parquet|safetensors)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +87,7 @@ def plan_cache(
     Args:
         config: as asked for.
         processes: that will extract; for the time in the announcement.
-        announce: called with the plan of a new cache before anything is written or refused for its size.
+        announce: called with the plan of a new cache before anything is written, or refused for its exact size.
         download_progress: called with bytes done and in all while the teacher's weights are downloaded.
         calibration_progress: called with views done and in all while the views that int4 and klt are fitted to go
             through the teacher.
@@ -190,6 +194,7 @@ def _publish_plan(
         spec=spec,
         workers=config.workers if config.workers is not None else default_workers(usable_cores(), processes),
     )
+    _refuse_what_cannot_fit(config, teacher, table, spec, codec_names)
     calibration = calibrate(config, teacher, photographs, codec_names, calibration_progress)
     codecs = _fit(config, calibration, codec_names)
     list_bytes = _parquet(table)
@@ -237,6 +242,46 @@ def _publish_plan(
         "" if won else " (another process published first)",
     )
     return calibration
+
+
+def _refuse_what_cannot_fit(
+    config: ExtractConfig, teacher: Teacher, table: pa.Table, spec: ViewSpec, codec_names: dict[str, str]
+) -> None:
+    """Look at the space before minutes of calibration: refuse what codes alone fill, however small the views are.
+
+    Raises:
+        SpaceError: names what would fit, with views of a typical size.
+    """
+    if any(map(is_upper_limit, codec_names.values())):
+        return
+    shapes = {name: teacher.target_shape(name) for name in codec_names}
+    try:
+        records = {name: planned_codec(codec, shapes[name]) for name, codec in codec_names.items()}
+    except ConfigError:
+        return  # the fit knows more of what can be had
+    size = CacheSize(
+        n_images=len(table),
+        n_views=config.views or DEFAULT_VIEWS,
+        n_probe=int(np.count_nonzero(table["probe"].to_numpy())),
+        shard_size=config.shard_size or DEFAULT_SHARD_SIZE,
+        targets=tuple(TargetRecord(name=name, shape=list(shapes[name]), codec=records[name]) for name in shapes),
+        view_bytes=0.0,
+    )
+    plan = ExtractPlan(
+        out=config.out,
+        teacher=teacher.identity.name,
+        weights=teacher.identity.weights_source,
+        size=size,
+        n_held_out=len(held_out_shards(len(table), size.shard_size, spec.seed)),
+        units_todo=size.n_units,
+        views_todo=size.n_stored_views,
+        free=storage.free_space(config.out),
+        rate=Rate(views_per_s=None, source="not measured yet"),
+        processes=1,
+        is_published=False,
+    )
+    if not plan.fits():
+        replace(plan, size=replace(size, view_bytes=typical_view_bytes(spec.size_px, spec.view_format))).check()
 
 
 def _fit(config: ExtractConfig, calibration: Calibration, codec_names: dict[str, str]) -> dict[str, Codec]:
@@ -335,7 +380,10 @@ def _place_plan_file(layout: CacheLayout, name: str, data: bytes) -> None:
 
 
 def _finish_plan(layout: CacheLayout) -> None:
-    """Move the plan files that the manifest names to their places; done by every start, any of which may be cut."""
+    """Move the plan files that the manifest names to their places; done by every start, any of which may be cut.
+
+    What is left of other plans goes: no other manifest can be published any more, and whoever still tries reads this.
+    """
     manifest = open_cache(layout.root).manifest
     moves = {f"plan-{manifest.images.sha256}.parquet": layout.images}
     for target in manifest.targets:
@@ -354,6 +402,10 @@ def _finish_plan(layout: CacheLayout) -> None:
         if storage.size_of(final) is None:
             raise FormatError(f"{final}: missing; run the same command again")
     storage.make_folder(layout.temporary)
+    for name in storage.list_folder(layout.temporary):
+        if _PLAN_FILE.fullmatch(name):
+            with suppress(ProteusCacheError):
+                storage.remove(layout.temporary / name)
 
 
 def _parquet(table: pa.Table) -> bytes:

@@ -68,14 +68,14 @@ class Keeper:
             kept.append(tokens[:n].cpu().clone())
 
     def curve(self, spread: Spread, device: torch.device, said: Callable[[str], None]) -> Curve | None:
-        """The curve of the target's patches; None without views to fit to.
+        """The curve of the target's patches; None without views to fit to, or where the measured ones do not vary.
 
         Args:
             spread: of the measured patches.
             device: where codecs are fitted and run.
             said: called with what is done next.
         """
-        if not self._parts["bank"] or not self._parts["measured"]:
+        if not self._parts["bank"] or not self._parts["measured"] or float(spread.covariance.trace()) <= 0:
             return None
         bank, measured = (torch.cat(self._parts[part]) for part in ("bank", "measured"))
         points, missing, stream = [], [], ""

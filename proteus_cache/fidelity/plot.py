@@ -129,7 +129,8 @@ def _own(axes: Axes, found: Fidelity, kind: str, top: float) -> None:
     decibel = found.snr_db
     place = (found.rate.bits_per_value, top * 0.985 if decibel is None or decibel > top else decibel)
     axes.plot(*place, marker="o", markersize=15, markerfacecolor="none", markeredgecolor=_INK, markeredgewidth=1.6)
-    value = "exact" if decibel is None else f"{decibel:.1f} dB"
+    unknown = "exact" if found.relative_error == 0 else "not judged"
+    value = unknown if decibel is None else f"{decibel:.1f} dB"
     axes.annotate(
         f"this {kind}: {found.stream.coding}\n{found.rate.bits_per_value:.2f} bits, {value}",
         place,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -114,7 +115,7 @@ def _stream_json(found: Fidelity, verdict: Verdict) -> dict[str, Any]:
         "n_images": found.n_images,
         "snr_db": found.snr_db,
         "snr_standard_error_db": found.snr_error_db,
-        "relative_error": found.relative_error,
+        "relative_error": found.relative_error if math.isfinite(found.relative_error) else None,
         "worst_token": None if tokens.worst is None else asdict(tokens.worst),
         "token_relative_error_p999": tokens.relative_error_p999,
         "cosine": {"mean": tokens.cosine_mean, "p1": tokens.cosine_p1},

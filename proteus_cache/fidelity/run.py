@@ -124,6 +124,8 @@ def measure_fidelity(
 def write_report(report: FidelityReport, path: Path, out: Path | None) -> Written:
     """Write the document and, where codecs were compared, the picture; each whole or not at all.
 
+    The picture of an older report in this place goes: it would not show what the new one says.
+
     Args:
         report: what was measured.
         path: of the pack or cache; the files go beside it.
@@ -142,6 +144,8 @@ def write_report(report: FidelityReport, path: Path, out: Path | None) -> Writte
         png = draw(report)
         drawn, _ = storage.write_durable(place.parent, f".{picture.name}", lambda: png)
         storage.publish(drawn, picture)
+    elif storage.size_of(place) is not None:
+        storage.remove(place.with_suffix(".png"))
     storage.publish(temp, place)
     return Written(place, picture)
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from proteus_cache.codecs.calibration import expected_excess_bits
-from proteus_cache.codecs.codec import Codec
+from proteus_cache.codecs.codec import Codec, read_as
+from proteus_cache.codecs.int4 import Int4Codec
 from proteus_cache.codecs.klt import KltCodec
 from proteus_cache.codecs.waterfill import gaussian_rate
 from proteus_cache.fidelity.axes import CONSTANT, MOST_GROUPS, AxisMeasures, AxisMeter, bootstrap_weights
@@ -60,6 +61,15 @@ class Stream:
         """(B, n_tokens, D) from the (B, *shape) tokens of the target."""
         return tokens.reshape(len(tokens), -1, self.width)[:, self.tokens]
 
+    def widened(self, codes: Tensor) -> Tensor:
+        """(B,) int64: steps of its tokens that an overflow widened, from the (B, code_bytes) codes of the target."""
+        if isinstance(self.codec, Int4Codec):
+            gains = read_as(codes[:, : 2 * self.codec.n_tokens], torch.float16)
+            return (gains[:, self.tokens] < 0).sum(dim=1)
+        if isinstance(self.codec, KltCodec) and self.klt is None:
+            return torch.zeros(len(codes), dtype=torch.int64, device=codes.device)
+        return self.codec.widened(codes)
+
 
 @dataclass(frozen=True, slots=True)
 class Loss:
@@ -104,7 +114,8 @@ class Fidelity:
     n_tokens: int
     n_images: int
     relative_error: float
-    """Sum of squared errors over sum of squared deviations from the mean."""
+    """Sum of squared errors over sum of squared deviations from the mean; infinite where all tokens are the same and
+    an error has nothing to be compared with."""
     snr_error_db: float
     """Standard error of `snr_db`."""
     tokens: TokenMeasures
@@ -121,8 +132,8 @@ class Fidelity:
 
     @property
     def snr_db(self) -> float | None:
-        """About the mean; None where nothing is lost."""
-        return None if self.relative_error == 0 else -10 * math.log10(self.relative_error)
+        """About the mean; None where nothing is lost, or where all tokens are the same."""
+        return -10 * math.log10(self.relative_error) if 0 < self.relative_error < math.inf else None
 
     @property
     def judged(self) -> AxisMeasures:
@@ -197,7 +208,7 @@ class StreamMeter:
 
     def _add_codes(self, original: Tensor, codes: Tensor) -> None:
         klt = self.stream.klt
-        widened = self.stream.codec.widened(codes)
+        widened = self.stream.widened(codes)
         self._widened[0] += int(widened.sum())
         self._widened[1] += int((widened > 0).sum())
         if klt is not None and self._own is not None:
@@ -210,7 +221,7 @@ class StreamMeter:
         channels, components = self._channels.finish(), self._components.finish()
         has_axes = stream.klt is not None or self._spread.says_a_bound
         energy, error = self._energy.sum(dim=0).tolist()
-        relative = error / energy if energy > 0 else 0.0
+        relative = error / energy if energy > 0 else math.inf if error > 0 else 0.0
         return Fidelity(
             stream=stream,
             n_tokens=spread.n_tokens,
@@ -228,7 +239,9 @@ class StreamMeter:
         )
 
     def _snr_error(self) -> float:
-        """Of the ratio in dB, by the bootstrap over images."""
+        """Of the ratio in dB, by the bootstrap over images; 0 where there is no ratio."""
+        if not bool(self._energy[:, 0].any()):
+            return 0.0
         sums = bootstrap_weights(self._n_groups).to(self._device) @ self._energy
         ratio = sums[:, 1] / sums[:, 0].clamp_min(1e-300)
         return float((10 * ratio.clamp_min(1e-300).log10()).std(correction=0))

@@ -68,7 +68,7 @@ def _close_row(found: Fidelity) -> list[str]:
         found.stream.name,
         found.stream.coding,
         f"{rate.bits_per_value:.2f}",
-        "exact" if found.snr_db is None else f"{found.snr_db:.2f}",
+        _decibel(found),
         "-" if rate.gap is None else f"{rate.gap:+.2f}",
         "-" if rate.own_gap is None else f"{rate.own_gap:+.2f}",
         _small(tokens.relative_error_p999),
@@ -151,6 +151,12 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
         ).rstrip()
         for row in rows
     ]
+
+
+def _decibel(found: Fidelity) -> str:
+    if found.snr_db is None:
+        return "exact" if found.relative_error == 0 else "-"
+    return f"{found.snr_db:.2f}"
 
 
 def _estimate(estimate: Estimate) -> str:

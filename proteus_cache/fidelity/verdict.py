@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Final
 
@@ -40,6 +41,8 @@ def judge(found: Fidelity) -> Verdict:
     """
     if found.relative_error == 0:
         return Verdict(True, ())
+    if math.isinf(found.relative_error):
+        return Verdict(None, ("all exact tokens are the same, so there is nothing to compare the error with",))
     if found.n_images < LEAST_IMAGES:
         return Verdict(None, (f"too few images to judge ({found.n_images} of at least {LEAST_IMAGES})",))
     reasons = [*_slope(found), *_mean(found), *_goal(found)]

@@ -8,7 +8,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from proteus_cache.cache.layout import PROBE, is_view, view_name
-from proteus_cache.cache.manifest import TeacherRecord, ViewsRecord
+from proteus_cache.cache.manifest import TeacherRecord, TokenShape, ViewsRecord
 from proteus_cache.cache.receipt import FileRecord
 from proteus_cache.codecs.record import CodecRecord
 from proteus_cache.documents import Document
@@ -35,7 +35,7 @@ class PackTarget(Document):
     """One target in the codes of a sample."""
 
     name: str = Field(pattern=r"^(cls|patch|block\.\d{1,3}(\.raw)?)$")
-    shape: list[int] = Field(min_length=1, max_length=2)
+    shape: TokenShape
     codec: CodecRecord
     offset: int = Field(ge=0)
     """First byte in the codes of a sample; `codec.code_bytes` follow."""

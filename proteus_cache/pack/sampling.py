@@ -72,7 +72,7 @@ def sample_tokens(
     others = [shard for shard in units if shard in held_out]
     n_measured = min(_MEASURED, max(1, n_wanted // _PART)) if n_wanted else _MEASURED // 4
     shapes = {target.name: tuple(target.shape)}
-    room = room_for(shapes, n_wanted + n_measured, available_memory())
+    room = room_for(shapes, n_wanted + n_measured, available_memory(), {target.name: codec})
     if room.n_views < n_wanted + n_measured:
         n_measured = room.n_views // (_PART + 1) if n_wanted else room.n_views
         n_wanted = room.n_views - n_measured

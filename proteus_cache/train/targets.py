@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from proteus_cache.codecs import Codec
@@ -52,10 +53,12 @@ class TargetDecoder(nn.Module):
         self.requires_grad_(False)
 
     def forward(self, codes: Tensor) -> dict[str, Target]:
-        """(b, code_bytes) uint8 to targets by name."""
-        return {
-            name: _decode(codec, codes[:, offset : offset + codec.code_bytes]) for name, offset, codec in self._places
-        }
+        """(b, code_bytes) uint8 to targets by name, in float32 whatever precision the student computes in."""
+        with torch.autocast(codes.device.type, enabled=False):
+            return {
+                name: _decode(codec, codes[:, offset : offset + codec.code_bytes])
+                for name, offset, codec in self._places
+            }
 
 
 def _decode(codec: Codec, codes: Tensor) -> Target:

@@ -16,6 +16,7 @@ from proteus_cache.cache.layout import CacheLayout
 from proteus_cache.cache.reader import Cache
 from proteus_cache.cache.verify import verify_cache
 from proteus_cache.codecs import load_codec
+from proteus_cache.documents import parse_sealed, seal
 from proteus_cache.errors import ChecksumError, DamageError, FormatError, UsageError
 from proteus_cache.report.summary import describe, summarise_cache
 from proteus_cache.views.encode import digest_pixels
@@ -52,6 +53,24 @@ def test_the_folder_holds_what_the_format_says(finished: Cache) -> None:
             expected |= {f"targets.zarr/{view}/{target}/c/{shard}/0" for target in ("cls", "patch")}
     assert set(files) == expected
     assert (finished.path / "tmp").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ([N_PATCHES, 0], r"targets\.1\.shape\.1: Input should be greater than or equal to 1"),
+        ([1 << 40, WIDTH], r"targets\.1\.shape\.0: Input should be less than or equal to 65536"),
+        ([65_536, 257], r"targets\.1\.shape: .*65536 x 257 are more than 16,777,216 values"),
+        ([4, 4, 24], r"targets\.1\.shape: List should have at most 2 items"),
+    ],
+)
+def test_a_manifest_with_tokens_of_an_absurd_shape_is_refused(cache: Cache, shape: list[int], message: str) -> None:
+    value = parse_sealed(cache.manifest.sealed(), "manifest.json")
+    value["targets"][1]["shape"] = shape
+    cache.layout.manifest.write_bytes(seal(value))
+
+    with pytest.raises(FormatError, match=message):
+        open_cache(cache.path)
 
 
 def test_plain_zarr_reads_the_targets(finished: Cache) -> None:

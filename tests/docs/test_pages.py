@@ -29,7 +29,7 @@ EXAMPLES: Final = sorted((ROOT / "docs" / "examples").glob("*.py"))
 OTHER_OPTIONS: Final = {
     *("--num_processes", "--shm-size", "--ipc"),  # of accelerate and docker
     *("--array", "--gres", "--cpus-per-task", "--mem", "--time"),  # of SLURM
-    *("--rounds", "--steps", "--threads"),  # of the scripts in benchmarks/
+    *("--rounds", "--steps", "--threads", "--part", "--codecs"),  # of the scripts in benchmarks/
 }
 _MOST_EXAMPLE_LINES = 15
 _HOLE = "\0"

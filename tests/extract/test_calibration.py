@@ -9,10 +9,11 @@ import torch
 
 from proteus_cache import open_cache, storage
 from proteus_cache.cache.reader import Cache
+from proteus_cache.cache.verify import verify_cache
 from proteus_cache.codecs import fit_codec, load_codec
 from proteus_cache.codecs.calibration import CalibrationReport
 from proteus_cache.codecs.scalar import Int8Codec
-from proteus_cache.errors import ConfigError, ProteusCacheError, UsageError
+from proteus_cache.errors import ConfigError, ProteusCacheError, SpaceError, UsageError
 from proteus_cache.extract import calibration, planning
 from proteus_cache.extract.config import ExtractConfig
 from proteus_cache.extract.planning import plan_cache
@@ -245,8 +246,83 @@ def test_two_planners_at_once_agree(inputs: Path, tmp_path: Path, monkeypatch: p
     planned = plan_cache(config)
 
     assert [planned.cache.manifest_digest] == raced
+    assert list((config.out / "tmp").iterdir()) == []
     extract(config, planned, Worker(0, 1), lambda _: None)
     assert len(identity(planned.cache)) == 10
+
+
+def test_plan_files_of_a_start_that_was_cut_go_once_a_plan_is_published(inputs: Path, tmp_path: Path) -> None:
+    config = config_of(inputs, tmp_path, codec="klt:20dB")
+    temporary = config.out / "tmp"
+    temporary.mkdir(parents=True)
+    for name in (f"plan-{'a' * 64}.safetensors", f"plan-{'b' * 64}.parquet", f"plan-{'b' * 64}.parquet.77.{'0' * 16}"):
+        (temporary / name).write_bytes(b"of another plan")
+
+    plan_cache(config)
+
+    assert [path.name for path in temporary.iterdir()] == [f"plan-{'b' * 64}.parquet.77.{'0' * 16}"]
+    assert verify_cache(config.out, read_data=True) == []
+
+
+def test_a_planner_whose_files_are_swept_away_reads_the_plan_that_is_there(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of(inputs, tmp_path, codec="int4")
+    place = planning._place_plan_file
+    raced: list[str] = []
+
+    def race(*arguments: Any) -> None:
+        place(*arguments)
+        if not raced:
+            raced.append("")
+            other = replace(config, calibration_images=8)  # with other tables
+            raced[0] = plan_cache(other).cache.manifest_digest
+
+    monkeypatch.setattr(planning, "_place_plan_file", race)
+
+    planned = plan_cache(config)
+
+    assert raced == [planned.cache.manifest_digest]
+    assert report_of(planned.cache).n_views == 8
+    assert list((config.out / "tmp").iterdir()) == []
+
+
+@pytest.mark.parametrize("codec", ["int4", "int8", "klt:0.2KB"])
+def test_what_codes_alone_would_fill_is_refused_before_calibration(
+    codec: str, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free_bytes = 40 * 200
+    monkeypatch.setattr(storage, "free_space", lambda _: storage.Free(free_bytes, None))
+    monkeypatch.setattr(planning, "calibrate", lambda *_: pytest.fail("calibrated"))
+
+    with pytest.raises(
+        SpaceError, match=r"are needed \(with 5 % to spare\) and 8 KB are free; --views 1 --limit 1 fits"
+    ):
+        plan_cache(config_of(inputs, tmp_path, codec=codec))
+
+    assert not (tmp_path / "cache").exists()
+
+
+def test_too_few_inodes_are_refused_before_calibration(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage, "free_space", lambda _: storage.Free(1 << 40, 30))
+    monkeypatch.setattr(planning, "calibrate", lambda *_: pytest.fail("calibrated"))
+
+    with pytest.raises(SpaceError, match="30 inodes are free; a larger --shard-size makes fewer files"):
+        plan_cache(config_of(inputs, tmp_path, codec="int4"))
+
+
+@pytest.mark.parametrize("codec", ["klt:20dB", "int4"])
+def test_what_may_fit_is_calibrated(codec: str, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    free_bytes = 40 * 200 if codec == "klt:20dB" else 40 * 700
+    monkeypatch.setattr(storage, "free_space", lambda _: storage.Free(free_bytes, None))
+    announced: list[ExtractPlan] = []
+
+    with pytest.raises(SpaceError, match="are needed"):  # now that the size of views is known
+        plan_cache(config_of(inputs, tmp_path, codec=codec), announce=announced.append)
+
+    assert len(announced) == 1
 
 
 def test_widened_steps_are_counted_in_the_receipt(inputs: Path, tmp_path: Path) -> None:

@@ -155,6 +155,16 @@ def test_codecs_are_compared_on_other_views_than_they_were_fitted_to(monkeypatch
             assert point.bits_per_value > bits[int(point.snr_db)]  # no codec beats the bound of Gaussian tokens
 
 
+def test_tokens_that_are_all_the_same_have_no_comparison() -> None:
+    tokens = torch.full((40, SIDE**2, WIDTH), 1.0001)
+    keeper, spread = Keeper("patch"), SpreadMeter()
+    keeper.add("bank", make_tokens())
+    keeper.add("measured", tokens)
+    spread.add(tokens.flatten(0, 1))
+
+    assert keeper.curve(spread.finish(), CPU, lambda _: None) is None
+
+
 def test_what_is_kept_for_a_comparison_has_a_cap(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("proteus_cache.fidelity.curve.MOST_VALUES", 10 * SIDE**2 * WIDTH + 5)
     keeper = Keeper("patch")

@@ -91,6 +91,33 @@ def test_the_files_lie_beside_the_pack_and_hold_what_is_printed(
     assert run("verify", pack, "--read-data").stdout.count("whole") == 1
 
 
+def test_a_single_token_says_nothing_of_an_error(stores: Path, tmp_path: Path) -> None:
+    arguments = ("--against", stores / "cache", "--samples", 1, "--out", tmp_path)
+
+    report = measured(stores / "int8", *arguments)
+    table = run("fidelity", stores / "int8", *arguments, "--device", "cpu").stdout.splitlines()
+
+    cls = report["targets"]["cls"]["streams"]["cls"]
+    assert (cls["snr_db"], cls["relative_error"], cls["verdict"]["is_good"]) == (None, None, None)
+    assert report["targets"]["patch"]["streams"]["patch"]["snr_db"] > 10
+    closeness, bias = ([line.split() for line in table if line.startswith("cls ")])[:2]
+    assert closeness[3] == "-"
+    assert bias[-2:] == ["not", "judged"]
+    assert any(line.startswith("note: cls: all exact tokens are the same, so there is nothing") for line in table)
+
+
+def test_the_picture_of_an_older_report_goes_and_no_other(stores: Path, tmp_path: Path) -> None:
+    arguments = ("--against", stores / "cache", "--no-plot", "--out", tmp_path)
+    picture = tmp_path / "int8.fidelity.png"
+    picture.write_bytes(b"of somebody else")
+
+    measured(stores / "int8", *arguments)
+    assert picture.exists()
+    measured(stores / "int8", *arguments)
+
+    assert not picture.exists()
+
+
 def test_a_report_reads_as_a_table(stores: Path, tmp_path: Path) -> None:
     outcome = run(
         *("fidelity", stores / "klt", "--against", stores / "cache", "--no-plot", "--device", "cpu", "--out", tmp_path)

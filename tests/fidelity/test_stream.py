@@ -12,6 +12,7 @@ from proteus_cache.codecs.codec import Codec, fit_codec
 from proteus_cache.fidelity.sides import Entry
 from proteus_cache.fidelity.spread import SpreadMeter
 from proteus_cache.fidelity.stream import Fidelity, StreamMeter, streams_of
+from proteus_cache.fidelity.verdict import judge
 
 N_VIEWS, SIDE, WIDTH = 96, 4, 24
 
@@ -271,6 +272,20 @@ def test_equal_tokens_are_exact() -> None:
     assert torch.equal(found.channels.slope, torch.ones(WIDTH))
 
 
+@pytest.mark.parametrize("n_views", [1, 40])
+def test_an_error_of_tokens_that_are_all_the_same_is_not_called_exact(n_views: int) -> None:
+    exact = torch.full((n_views, 24), 1.0001)
+
+    (found,) = measure("cls", fit_codec("float16", exact), exact)
+    verdict = judge(found)
+
+    assert found.relative_error == float("inf")
+    assert found.snr_db is None
+    assert found.snr_error_db == 0
+    assert verdict.is_good is None
+    assert verdict.reasons == ("all exact tokens are the same, so there is nothing to compare the error with",)
+
+
 def test_batches_do_not_matter(codec: Codec) -> None:
     exact = make_tokens()
 
@@ -290,3 +305,24 @@ def test_an_overflow_is_counted() -> None:
 
     assert found.n_widened > usual.n_widened
     assert found.n_widened_views >= 1
+
+
+@pytest.mark.parametrize(("name", "n_lead_widened"), [("int4", 1), ("klt:14dB", 0)])
+@pytest.mark.parametrize("token", [0, 4])
+def test_an_overflow_counts_for_the_stream_that_it_is_in(name: str, n_lead_widened: int, token: int) -> None:
+    exact = make_tokens(n_lead=1)
+    codec = fit_codec(name, make_tokens(n_lead=1, seed=1))
+    usual = measure("block.3", codec, exact)
+    exact[5, token, 3] += 4000.0
+
+    lead, patches = measure("block.3", codec, exact)
+
+    n = n_lead_widened if token == 0 else 0
+    assert lead.n_widened - usual[0].n_widened == n
+    assert lead.n_widened_views - usual[0].n_widened_views == n
+    if token == 0:
+        assert patches.n_widened == usual[1].n_widened
+    else:
+        assert patches.n_widened > usual[1].n_widened
+    whole = codec.widened(codec.encode(exact))
+    assert lead.n_widened + patches.n_widened == int(whole.sum())

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from proteus_cache.cache.receipt import FileRecord
+from proteus_cache.documents import parse_sealed, seal
 from proteus_cache.errors import ChecksumError, DamageError, FormatError, UsageError
 from proteus_cache.pack.index import Index, index_header
 from proteus_cache.pack.order import BatchPlan
@@ -34,6 +35,24 @@ def test_samples_come_by_view_index_then_row(whole_pack: Pack) -> None:
     assert np.array_equal(sample.targets["patch"].reshape(-1), codes[1].view("<f2").astype(np.float32))
     assert sample.targets["patch"].shape == (N_PATCHES, WIDTH)
     assert sample.targets["patch"].dtype == np.float32
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ([0, WIDTH], r"targets\.1\.shape\.0: Input should be greater than or equal to 1"),
+        ([1 << 40, WIDTH], r"targets\.1\.shape\.0: Input should be less than or equal to 65536"),
+        ([65_536, 257], r"targets\.1\.shape: .*65536 x 257 are more than 16,777,216 values"),
+    ],
+)
+def test_a_pack_with_tokens_of_an_absurd_shape_is_refused(pack_copy: Pack, shape: list[int], message: str) -> None:
+    document = pack_copy.path / "pack.json"
+    value = parse_sealed(document.read_bytes(), "pack.json")
+    value["targets"][1]["shape"] = shape
+    document.write_bytes(seal(value))
+
+    with pytest.raises(FormatError, match=message):
+        open_pack(pack_copy.path)
 
 
 def test_indices_count_from_the_end_too_and_stop_there(whole_pack: Pack) -> None:

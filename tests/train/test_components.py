@@ -20,6 +20,7 @@ from proteus_cache.train.compiling import cxx_compilers
 from proteus_cache.train.masking import n_masked_images
 from proteus_cache.train.state import make_state
 from proteus_cache.train.targets import CodedTarget, ComponentTarget, Target, TargetDecoder
+from tests.codecs.fields import smooth_tokens
 from tests.train.small_models import (
     BLOCKS,
     N_PATCHES,
@@ -311,6 +312,25 @@ def test_a_codec_with_a_basis_is_never_decoded_to_whole_tokens() -> None:
         assert torch.equal(found[name].tokens.lead_BLD, targets[name][:, : basis.n_lead])
         torch.testing.assert_close(found[name].tokens, expected.tokens)
         assert torch.equal(found[name].vectors_DK, basis.vectors)
+
+
+@pytest.mark.parametrize("name", ["klt:20dB", "int4"])
+def test_targets_are_float32_under_autocast(name: str) -> None:
+    codec = fit_codec(name, smooth_tokens(0, 64))
+    assert getattr(codec, "has_dct", True)
+    codes = codec.encode(smooth_tokens(1, 4))
+    decoder = TargetDecoder((CodedTarget("patch", 0, codec),))
+    expected = _values(decoder(codes)["patch"])
+
+    with torch.autocast("cpu", torch.bfloat16):
+        found = _values(decoder(codes)["patch"])
+
+    assert found.dtype == torch.float32
+    assert torch.equal(found, expected)
+
+
+def _values(target: Target) -> Tensor:
+    return target if isinstance(target, Tensor) else target.tokens.rest_BNK
 
 
 @pytest.mark.parametrize("feature_cls_head", ["token", "feature"])

@@ -82,7 +82,7 @@ def main() -> int:
             measure(arguments, student, pack, images, teacher, Path(folder)) for student in arguments.student.split(",")
         ]
     if arguments.json:
-        json.dump(_machine() | {"results": results}, sys.stdout, indent=2)
+        json.dump(machine() | {"results": results}, sys.stdout, indent=2)
         print()
     else:
         print("\n".join(_lines(arguments, results)))
@@ -261,7 +261,7 @@ def _spread(values: list[float]) -> list[float]:
     return [statistics.median(values), min(values), max(values)]
 
 
-def _machine() -> dict[str, Any]:
+def machine() -> dict[str, Any]:
     has_gpu = torch.cuda.is_available()
     return {
         "gpu": torch.cuda.get_device_name() if has_gpu else None,
@@ -293,11 +293,11 @@ def _commit() -> str:
 
 
 def _lines(arguments: argparse.Namespace, results: list[dict[str, Any]]) -> list[str]:
-    machine = _machine()
-    where = machine["gpu"] or machine["cpu"]
+    about = machine()
+    where = about["gpu"] or about["cpu"]
     lines = [
-        f"{where}, {machine['cores']} cores, {machine['threads']} torch threads, torch {machine['torch']}, Python "
-        f"{machine['python']}, commit {machine['commit']}",
+        f"{where}, {about['cores']} cores, {about['threads']} torch threads, torch {about['torch']}, Python "
+        f"{about['python']}, commit {about['commit']}",
         f"teacher {arguments.teacher}, {arguments.rounds} rounds of {arguments.steps} steps; steps/s as median (lowest "
         "to highest)",
         "",

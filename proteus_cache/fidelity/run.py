@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -136,17 +137,23 @@ def write_report(report: FidelityReport, path: Path, out: Path | None) -> Writte
     """
     place = report_path(path, out)
     picture = place.with_suffix(".png") if report.curves else None
-    document = seal(report.to_json())
-    temp, _ = storage.write_durable(place.parent, f".{place.name}", lambda: document)
+    files = {place: seal(report.to_json())}
     if picture is not None:
         from proteus_cache.fidelity.plot import draw
 
-        png = draw(report)
-        drawn, _ = storage.write_durable(place.parent, f".{picture.name}", lambda: png)
-        storage.publish(drawn, picture)
+        files[picture] = draw(report)
     elif storage.size_of(place) is not None:
         storage.remove(place.with_suffix(".png"))
-    storage.publish(temp, place)
+    unfinished: dict[Path, Path] = {}
+    try:
+        for final, data in files.items():
+            unfinished[final], _ = storage.write_durable(final.parent, f".{final.name}", partial(bytes, data))
+        for final, temp in unfinished.items():
+            storage.publish(temp, final)
+    except BaseException:
+        for temp in unfinished.values():
+            storage.remove(temp)
+        raise
     return Written(place, picture)
 
 

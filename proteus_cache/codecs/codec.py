@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from proteus_cache.codecs.calibration import CalibrationReport, check_calibration
@@ -93,6 +94,28 @@ class Codec(nn.Module, ABC):
     @abstractmethod
     def record(self) -> CodecRecord:
         """What a manifest keeps of this codec."""
+
+
+class FittedCodec(Codec):
+    """A codec with parameters: they make up its blob, and its codes are plain bytes."""
+
+    @abstractmethod
+    def parameters_of(self) -> dict[str, Tensor]:
+        """What the codec was built from, by name."""
+
+    def parameters_blob(self) -> bytes:
+        """Everything that was fitted, as safetensors."""
+        return save({name: value.cpu() for name, value in self.parameters_of().items()})
+
+    def record(self) -> CodecRecord:
+        """What a manifest keeps of this codec."""
+        return CodecRecord(
+            name=self.name,
+            code_bytes=self.code_bytes,
+            parameters=hashlib.sha256(self.parameters_blob()).hexdigest(),
+            array_dtype="uint8",
+            array_shape=[self.code_bytes],
+        )
 
 
 def largest_value(codec: str) -> float:

@@ -17,18 +17,15 @@ the sign counts it.
 
 from __future__ import annotations
 
-import hashlib
 import math
 
 import torch
-from safetensors.torch import save
 from torch import Tensor
 
 from proteus_cache.codecs.calibration import N_NUMBERS, CalibrationReport
-from proteus_cache.codecs.codec import Codec, read_as
+from proteus_cache.codecs.codec import FittedCodec, read_as
 from proteus_cache.codecs.lloyd import Histograms, nearest_levels, thresholds_of, unbiased_scale
 from proteus_cache.codecs.parameters import check_shapes, check_tensors, load_parameters
-from proteus_cache.codecs.record import CodecRecord
 from proteus_cache.codecs.waterfill import gaussian_rate
 from proteus_cache.errors import FormatError
 
@@ -47,7 +44,7 @@ _LARGEST_GAIN = 60_000.0
 """Of a token whose values do not overflow; float16 ends at 65,504."""
 
 
-class Int4Codec(Codec):
+class Int4Codec(FittedCodec):
     """Four bits a value, sixteen more a token.
 
     Args:
@@ -130,19 +127,9 @@ class Int4Codec(Codec):
         self.check_codes(codes)
         return (self._gain_of(codes) < 0).sum(dim=1)
 
-    def parameters_blob(self) -> bytes:
-        """Everything that was fitted, as safetensors."""
-        return save({name: getattr(self, name).cpu() for name in _TENSORS[:-1]} | {"calibration": self._calibration})
-
-    def record(self) -> CodecRecord:
-        """What a manifest keeps of this codec."""
-        return CodecRecord(
-            name=self.name,
-            code_bytes=self.code_bytes,
-            parameters=hashlib.sha256(self.parameters_blob()).hexdigest(),
-            array_dtype="uint8",
-            array_shape=[self.code_bytes],
-        )
+    def parameters_of(self) -> dict[str, Tensor]:
+        """What the codec was built from."""
+        return {name: getattr(self, name) for name in _TENSORS[:-1]} | {"calibration": self._calibration}
 
     def _gains_for(self, scaled: Tensor) -> Tensor:
         """(B, T, D) channels in units of their scale to (B, T) float16 gains; below 0 where a value overflowed."""

@@ -22,21 +22,18 @@ Components that are not kept have no bits at any f: they decode to the mean, and
 
 from __future__ import annotations
 
-import hashlib
 import math
 from dataclasses import dataclass
 
 import torch
-from safetensors.torch import save
 from torch import Tensor
 
 from proteus_cache.codecs.bits import pack, packed_bytes, unpack
 from proteus_cache.codecs.calibration import N_NUMBERS, CalibrationReport
-from proteus_cache.codecs.codec import Basis, Codec, read_as
+from proteus_cache.codecs.codec import Basis, FittedCodec, read_as
 from proteus_cache.codecs.dct import dct_matrix, to_frequencies, to_places
 from proteus_cache.codecs.lloyd import nearest_levels
 from proteus_cache.codecs.parameters import check_shapes, check_tensors, load_parameters
-from proteus_cache.codecs.record import CodecRecord
 from proteus_cache.codecs.waterfill import MAX_BITS
 from proteus_cache.errors import FormatError
 
@@ -113,7 +110,7 @@ class _Group:
     """Number of their first table."""
 
 
-class KltCodec(Codec):
+class KltCodec(FittedCodec):
     """Integer bits for each component, masked out where there are none.
 
     Args:
@@ -250,23 +247,9 @@ class KltCodec(Codec):
         self.check_codes(codes)
         return (self.gain_numbers(codes[:, self.lead_bytes :]) >= _FINE).sum(dim=1)
 
-    def parameters_blob(self) -> bytes:
-        """Everything that was fitted, as safetensors."""
-        return save({name: value.cpu() for name, value in self.parameters_of().items()})
-
     def parameters_of(self) -> dict[str, Tensor]:
         """What the codec was built from."""
         return {name: getattr(self, name) for name in _TENSORS[:-1]} | {"calibration": self._calibration}
-
-    def record(self) -> CodecRecord:
-        """What a manifest keeps of this codec."""
-        return CodecRecord(
-            name=self.name,
-            code_bytes=self.code_bytes,
-            parameters=hashlib.sha256(self.parameters_blob()).hexdigest(),
-            array_dtype="uint8",
-            array_shape=[self.code_bytes],
-        )
 
     def gains_for(self, scaled: Tensor) -> Tensor:
         """(B, K, N) coefficients in units of their scales to (B, N) int64 numbers of gains.

@@ -18,17 +18,16 @@ from __future__ import annotations
 import math
 
 import torch
-from safetensors.torch import load, save
 from torch import Tensor
 
-from proteus_cache.codecs.codec import Codec, read_as
-from proteus_cache.codecs.record import CodecRecord
+from proteus_cache.codecs.codec import FittedCodec, read_as
+from proteus_cache.codecs.parameters import load_parameters
 from proteus_cache.errors import FormatError
 
 _LEVELS = 127
 
 
-class Int8Codec(Codec):
+class Int8Codec(FittedCodec):
     """Eight bits a value, sixteen more a token."""
 
     mean: Tensor
@@ -74,9 +73,7 @@ class Int8Codec(Codec):
         Raises:
             FormatError: other tensors than `mean` and `scale`, or of another width.
         """
-        tensors = load(blob)
-        if set(tensors) != {"mean", "scale"}:
-            raise FormatError(f"codec int8: parameters hold {sorted(tensors)}, not mean and scale")
+        tensors = load_parameters("int8", blob, {"mean": torch.float32, "scale": torch.float32})
         return cls(shape, tensors["mean"], tensors["scale"])
 
     def encode(self, tokens: Tensor) -> Tensor:
@@ -99,21 +96,9 @@ class Int8Codec(Codec):
         tokens = levels * step.unsqueeze(-1)
         return torch.addcmul(self.mean, tokens, self.scale).reshape(batch, *self.shape)
 
-    def parameters_blob(self) -> bytes:
-        """`mean` and `scale` as safetensors."""
-        return save({"mean": self.mean.cpu(), "scale": self.scale.cpu()})
-
-    def record(self) -> CodecRecord:
-        """What a manifest keeps of this codec."""
-        import hashlib
-
-        return CodecRecord(
-            name="int8",
-            code_bytes=self.code_bytes,
-            parameters=hashlib.sha256(self.parameters_blob()).hexdigest(),
-            array_dtype="uint8",
-            array_shape=[self.code_bytes],
-        )
+    def parameters_of(self) -> dict[str, Tensor]:
+        """What the codec was built from."""
+        return {"mean": self.mean, "scale": self.scale}
 
 
 def _float16_at_least(step: Tensor) -> Tensor:

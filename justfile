@@ -33,7 +33,7 @@ docs:
 
 # What to run before a commit: format, style, types, documentation and the tests that are not slow
 check: lint types docs
-    {{ python }} -m pytest -q -m "not slow"
+    {{ python }} -m pytest -q -m "not slow and not nightly"
 
 # Exactly what CI runs: a fresh environment, style, types, documentation and the README's test command
 ci:

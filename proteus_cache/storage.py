@@ -5,7 +5,10 @@ place (or `publish_once` links it, when the first writer must win) and syncs the
 `StorageError`; a full disk, quota or inode table becomes `SpaceError`.
 
 A failed fsync is never repeated on the same file: the kernel may have dropped the dirty pages and report
-success the second time. `write_new` then raises, and the caller may write once more under a new name.
+success the second time. `write_new` then raises, and `write_durable` writes once more under a new name.
+
+Beneath stand the operations of `Disk`, one system call each. Tests put another `disk` in their place: one that fails
+at the n-th operation, kills the process there, or keeps a record for all the states that a power loss can leave.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import errno
 import hashlib
 import os
 import secrets
+import stat
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -21,6 +25,8 @@ from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
+
+from proteus_cache.errors import FormatError, SpaceError, StorageError
 
 Buffer: TypeAlias = bytes | bytearray | memoryview | np.ndarray
 _FULL = {errno.ENOSPC, errno.EDQUOT}
@@ -31,8 +37,73 @@ _REMEDIES = {
     errno.ENOTDIR: "a file stands where a folder is needed: give another folder",
     errno.EROFS: "it is mounted read-only: give another folder",
     errno.EOPNOTSUPP: "give a folder on a file system that knows hard links",
+    errno.EIO: "look at the disk (dmesg) or the file server, then run the same command again",
+    errno.ESTALE: "the file server lost sight of it: run the same command again",
 }
 _READ_BYTES = 1 << 20
+
+
+class Disk:
+    """The operations of the system that stores are made of, each of which may fail with OSError."""
+
+    def create(self, path: Path) -> int:
+        """A descriptor of a new file to write; it must not exist yet."""
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+
+    def write(self, descriptor: int, data: memoryview) -> int:
+        """Write from the start of `data`; returns how many bytes were taken, which may be fewer."""
+        return os.write(descriptor, data)
+
+    def sync(self, descriptor: int) -> None:
+        """Make the bytes of an open file, or the names in an open folder, durable."""
+        os.fsync(descriptor)
+
+    def close(self, descriptor: int) -> None:
+        """Close a file or folder; some file systems report a failed write only here."""
+        os.close(descriptor)
+
+    def rename(self, old: Path, new: Path) -> None:
+        """Give a file or folder another name, in place of what had it."""
+        os.replace(old, new)
+
+    def link(self, old: Path, new: Path) -> None:
+        """Give a file a second name, which must be free."""
+        os.link(old, new)
+
+    def unlink(self, path: Path) -> None:
+        """Take the name of a file away."""
+        os.unlink(path)
+
+    def make_folder(self, path: Path) -> None:
+        """Make one folder, which must not exist."""
+        os.mkdir(path)
+
+    def remove_folder(self, path: Path) -> None:
+        """Remove one empty folder."""
+        os.rmdir(path)
+
+    def open(self, path: Path) -> int:
+        """A descriptor for reading a file or syncing a folder; a pipe with nobody behind it does not block."""
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+
+    def read(self, descriptor: int, size: int) -> bytes:
+        """The next bytes, at most `size`; none at the end."""
+        return os.read(descriptor, size)
+
+    def names(self, path: Path) -> list[str]:
+        """The names in a folder, in no order."""
+        return os.listdir(path)
+
+    def status(self, path: Path) -> os.stat_result:
+        """Kind, size and inode behind a name; a link is not followed."""
+        return os.lstat(path)
+
+
+disk = Disk()
+"""What all functions of this module call; tests replace it."""
+
+_durable: dict[Path, tuple[int, int]] = {}
+"""Folders that this process has synced into their parents, and which folder had the name then."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +127,6 @@ class Free:
 
 @contextmanager
 def _reported(doing: str, path: Path) -> Iterator[None]:
-    from proteus_cache.errors import SpaceError, StorageError
-
     try:
         yield
     except OSError as error:
@@ -90,7 +159,7 @@ def write_new(path: Path, chunks: Buffer | Iterable[Buffer]) -> Written:
     digest = hashlib.sha256()
     size = 0
     with _reported("write", path):
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+        descriptor = disk.create(path)
     try:
         with _reported("write", path):
             try:
@@ -99,12 +168,11 @@ def write_new(path: Path, chunks: Buffer | Iterable[Buffer]) -> Written:
                     digest.update(view)
                     size += view.nbytes
                     _write_all(descriptor, view)
-                os.fsync(descriptor)
+                disk.sync(descriptor)
             finally:
-                os.close(descriptor)
+                disk.close(descriptor)
     except BaseException:
-        with suppress(OSError):
-            path.unlink()
+        discard(path)
         raise
     return Written(size, digest.hexdigest())
 
@@ -117,8 +185,6 @@ def write_durable(folder: Path, name: str, chunks: Callable[[], Buffer | Iterabl
         name: the final name, for the reader of a listing.
         chunks: makes the bytes; called again for the second attempt, which gets a new name.
     """
-    from proteus_cache.errors import SpaceError, StorageError
-
     for attempt in (1, 2):
         path = folder / temp_name(name)
         try:
@@ -131,19 +197,47 @@ def write_durable(folder: Path, name: str, chunks: Callable[[], Buffer | Iterabl
     raise AssertionError("unreachable")
 
 
+def write_whole(
+    final: Path, chunks: Callable[[], Buffer | Iterable[Buffer]], unfinished: Path | None = None
+) -> Written:
+    """Give a file new bytes, all or none: written under another name, synced, and renamed to `final`.
+
+    Args:
+        final: its place; a file that is there is replaced.
+        chunks: makes the bytes, twice where the first attempt fails.
+        unfinished: folder for the file until then, on the same file system; None is the final one, hidden by a dot.
+    """
+    hidden = final.name if unfinished is not None else f".{final.name}"
+    temp, written = write_durable(unfinished or final.parent, hidden, chunks)
+    try:
+        publish(temp, final)
+    except BaseException:
+        discard(temp)
+        raise
+    return written
+
+
 def _as_chunks(chunks: Buffer | Iterable[Buffer]) -> Iterable[Buffer]:
     return (chunks,) if isinstance(chunks, bytes | bytearray | memoryview | np.ndarray) else chunks
 
 
 def _write_all(descriptor: int, view: memoryview) -> None:
     while view.nbytes:
-        view = view[os.write(descriptor, view) :]
+        view = view[disk.write(descriptor, view) :]
 
 
 def publish(temp: Path, final: Path) -> None:
-    """Rename `temp` to `final`, replacing it, and sync the folder."""
+    """Rename `temp` to `final`, replacing it, and sync the folder; a `temp` that cannot be renamed stays.
+
+    A file server may rename and lose the answer; which file then has the name decides.
+    """
     with _reported("rename to", final):
-        os.replace(temp, final)
+        ours = _inode(temp)
+        try:
+            disk.rename(temp, final)
+        except OSError:
+            if ours is None or _inode(final) != ours:
+                raise
     sync_folder(final.parent)
 
 
@@ -151,73 +245,115 @@ def publish_once(temp: Path, final: Path) -> bool:
     """Give `temp` the name `final` unless that exists; `temp` is gone afterwards.
 
     Returns:
-        True when this call made `final`; False when another writer was first (and perhaps removed `temp` when it had
-        finished), or this call's link had already succeeded on a file system that lost the answer: read `final` to
-        tell.
+        True when this call made `final` (also where a file server lost the answer); False when another writer was
+        first, and perhaps removed `temp` when it had finished.
     """
     try:
         with _reported("link", final):
             try:
-                os.link(temp, final)
-            except FileExistsError:
-                return False
-            except FileNotFoundError:
-                if not os.path.lexists(final):
+                disk.link(temp, final)
+            except OSError as error:
+                ours, found = _inode(temp), _inode(final)
+                if found is None or found != ours:
+                    if isinstance(error, FileExistsError) or (isinstance(error, FileNotFoundError) and found):
+                        return False
                     raise
-                return False
     finally:
-        with suppress(OSError):
-            temp.unlink()
+        discard(temp)
     sync_folder(final.parent)
     return True
 
 
-def make_folder(path: Path) -> None:
-    """Make `path` and its parents; each new name is synced into its parent."""
-    if path.is_dir():
+def make_folder(path: Path, root: Path | None = None) -> None:
+    """Make `path` and its parents; each new name is synced into its parent.
+
+    Args:
+        path: of the folder; one that exists is fine.
+        root: of the store that it belongs to. From there down to `path` every name is synced once by this process,
+            also those that exist: whoever made one may have been cut off before the sync.
+    """
+    found = _folder_inode(path)
+    if found is not None and (root is None or _durable.get(path) == found):
         return
-    make_folder(path.parent)
-    with _reported("make folder", path):
-        path.mkdir(exist_ok=True)
-    sync_folder(path.parent)
+    if path != root:
+        make_folder(path.parent, root)
+    elif found is None:
+        make_folder(path.parent)
+    if found is None:
+        with _reported("make folder", path):
+            try:
+                disk.make_folder(path)
+            except FileExistsError:  # by another process, just now
+                if _folder_inode(path) is None:
+                    raise
+    try:
+        sync_folder(path.parent)
+    except StorageError as error:
+        # Whoever made the root of the store may write in its parent; we need not.
+        if found is None or path != root or not isinstance(error.__cause__, PermissionError):
+            raise
+    if root is not None and (made := _folder_inode(path)) is not None:
+        _durable[path] = made
 
 
 def sync_folder(path: Path) -> None:
     """Make the names in `path` durable."""
     with _reported("sync folder", path):
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECTORY)
+        descriptor = disk.open(path)
         try:
-            os.fsync(descriptor)
+            disk.sync(descriptor)
         finally:
-            os.close(descriptor)
+            disk.close(descriptor)
 
 
 def remove(path: Path) -> None:
     """Remove one file and make that durable; a missing file is no error."""
     with _reported("remove", path):
         try:
-            path.unlink()
+            disk.unlink(path)
         except FileNotFoundError:
             return
     sync_folder(path.parent)
+
+
+def remove_tree(path: Path) -> None:
+    """Remove a folder and all that is in it; links are removed, not followed. Nothing is synced."""
+    with _reported("remove", path):
+        _remove_tree(path)
+
+
+def discard(path: Path) -> None:
+    """Remove a temporary file or folder as well as that goes: what stays is found by the next run."""
+    with suppress(OSError):
+        _remove_tree(path)
+
+
+def _remove_tree(path: Path) -> None:
+    try:
+        if not stat.S_ISDIR(disk.status(path).st_mode):
+            disk.unlink(path)
+            return
+        for name in disk.names(path):
+            _remove_tree(path / name)
+        disk.remove_folder(path)
+    except FileNotFoundError:
+        return
 
 
 def list_folder(path: Path) -> list[str]:
     """Sorted names in `path`; empty when it does not exist."""
     with _reported("list", path):
         try:
-            return sorted(os.listdir(path))
+            return sorted(disk.names(path))
         except FileNotFoundError:
             return []
 
 
 def size_of(path: Path) -> int | None:
     """Size of a regular file in bytes, or None when there is none (links are not followed)."""
-    import stat
-
     with _reported("look at", path):
         try:
-            status = os.lstat(path)
+            status = disk.status(path)
         except FileNotFoundError:
             return None
     return status.st_size if stat.S_ISREG(status.st_mode) else None
@@ -226,11 +362,24 @@ def size_of(path: Path) -> int | None:
 def inode_of(path: Path) -> tuple[int, int] | None:
     """Which file has this name now (device and inode, kept by a rename), or None when there is none."""
     with _reported("look at", path):
-        try:
-            status = os.lstat(path)
-        except FileNotFoundError:
-            return None
+        return _inode(path)
+
+
+def _inode(path: Path) -> tuple[int, int] | None:
+    try:
+        status = disk.status(path)
+    except FileNotFoundError:
+        return None
     return status.st_dev, status.st_ino
+
+
+def _folder_inode(path: Path) -> tuple[int, int] | None:
+    """Device and inode of a folder, or of the one that a link leads to; None when there is none."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return (status.st_dev, status.st_ino) if stat.S_ISDIR(status.st_mode) else None
 
 
 def read_bytes(path: Path, limit: int) -> bytes:
@@ -240,13 +389,14 @@ def read_bytes(path: Path, limit: int) -> bytes:
         FormatError: the file is larger than `limit`.
         StorageError: it cannot be read.
     """
-    from proteus_cache.errors import FormatError
-
-    with _reported("read", path), open(path, "rb") as file:
-        data = file.read(limit + 1)
-    if len(data) > limit:
+    with _reported("read", path), _opened(path) as descriptor:
+        parts, left, step = [], limit + 1, min(limit, os.fstat(descriptor).st_size) + 1
+        while left and (part := disk.read(descriptor, min(step, left))):
+            parts.append(part)
+            left, step = left - len(part), _READ_BYTES
+    if left == 0:
         raise FormatError(f"{path}: larger than the {limit:,} bytes that such a file may have")
-    return data
+    return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
 def sha256_of(path: Path, *, from_disk: bool = False) -> tuple[int, str]:
@@ -259,15 +409,25 @@ def sha256_of(path: Path, *, from_disk: bool = False) -> tuple[int, str]:
     """
     digest = hashlib.sha256()
     size = 0
-    with _reported("read", path), open(path, "rb", buffering=0) as file:
+    with _reported("read", path), _opened(path) as descriptor:
         if from_disk and hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        buffer = bytearray(_READ_BYTES)
-        view = memoryview(buffer)
-        while count := file.readinto(buffer):
-            digest.update(view[:count])
-            size += count
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        while part := disk.read(descriptor, _READ_BYTES):
+            digest.update(part)
+            size += len(part)
     return size, digest.hexdigest()
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    """A regular file, open for reading."""
+    descriptor = disk.open(path)
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file")
+        yield descriptor
+    finally:
+        disk.close(descriptor)
 
 
 def free_space(path: Path) -> Free:

@@ -155,3 +155,84 @@ def test_read_bytes_has_a_limit(tmp_path: Path) -> None:
 
 def test_free_space_of_a_folder_that_is_not_there_yet(tmp_path: Path) -> None:
     assert storage.free_space(tmp_path / "a" / "b").bytes > 0
+
+
+class Deceitful(storage.Disk):
+    """A file server that does what it is asked and reports an error."""
+
+    def rename(self, old: Path, new: Path) -> None:
+        super().rename(old, new)
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    def link(self, old: Path, new: Path) -> None:
+        super().link(old, new)
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+
+
+def test_a_lost_answer_is_told_from_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("first", "second"):
+        storage.write_new(tmp_path / name, name.encode())
+    monkeypatch.setattr(storage, "disk", Deceitful())
+
+    storage.publish(tmp_path / "first", tmp_path / "renamed")
+    assert storage.publish_once(tmp_path / "second", tmp_path / "linked")
+
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["linked", "renamed"]
+
+
+def test_write_whole_leaves_the_old_file_and_nothing_else_when_the_rename_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Refusing(storage.Disk):
+        def rename(self, old: Path, new: Path) -> None:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    storage.write_whole(tmp_path / "file", lambda: b"old")
+    monkeypatch.setattr(storage, "disk", Refusing())
+
+    with pytest.raises(StorageError, match=r"file: cannot rename to: Input/output error; look at the disk"):
+        storage.write_whole(tmp_path / "file", lambda: b"new")
+
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+    assert (tmp_path / "file").read_bytes() == b"old"
+
+
+def test_the_names_of_a_store_are_synced_once_also_where_another_process_made_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Watched(storage.Disk):
+        def open(self, path: Path) -> int:
+            synced.append(path)
+            return super().open(path)
+
+    synced: list[Path] = []
+    monkeypatch.setattr(storage, "disk", Watched())
+    root = tmp_path / "store"
+    (root / "views" / "v000").mkdir(parents=True)
+
+    storage.make_folder(root / "views" / "v000", root)
+    storage.make_folder(root / "views" / "v000", root)
+    assert synced == [tmp_path, root, root / "views"]
+
+    storage.make_folder(root / "views" / "v001", root)
+    assert synced[3:] == [root / "views"]
+
+
+def test_discard_removes_a_tree_but_follows_no_link(tmp_path: Path) -> None:
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "file").write_bytes(b"1")
+    (tmp_path / "temp" / "below").mkdir(parents=True)
+    (tmp_path / "temp" / "below" / "file").write_bytes(b"2")
+    (tmp_path / "temp" / "link").symlink_to(tmp_path / "kept")
+
+    storage.discard(tmp_path / "temp")
+    storage.discard(tmp_path / "missing")
+
+    assert [entry.name for entry in tmp_path.rglob("*")] == ["kept", "file"]
+
+
+def test_reading_waits_for_no_pipe(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+
+    with pytest.raises(StorageError, match="pipe: cannot read: not a regular file"):
+        storage.read_bytes(tmp_path / "pipe", 5)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -88,7 +87,7 @@ def publish_arrays(layout: CacheLayout, manifest: Manifest, view: str) -> dict[s
     for path, data in wanted.items():
         final = layout.resolve(path)
         if storage.size_of(final) is None:
-            storage.make_folder(final.parent)
+            storage.make_folder(final.parent, layout.root)
             temp, _ = storage.write_durable(layout.temporary, "zarr.json", partial(bytes, data))
             storage.publish_once(temp, final)
     found = {path: storage.read_bytes(layout.resolve(path), zarr_arrays.MAX_METADATA_BYTES) for path in wanted}
@@ -149,8 +148,7 @@ def _try_commit(
         return receipt if _publish(layout, receipt, temporary) else None
     finally:
         for temp in temporary.values():
-            with suppress(OSError):
-                temp.unlink(missing_ok=True)
+            storage.discard(temp)
 
 
 def _publish(layout: CacheLayout, receipt: Receipt, temporary: dict[str, Path]) -> bool:
@@ -159,12 +157,12 @@ def _publish(layout: CacheLayout, receipt: Receipt, temporary: dict[str, Path]) 
     ours = {}
     for relative, temp in temporary.items():
         final = layout.resolve(relative)
-        storage.make_folder(final.parent)
+        storage.make_folder(final.parent, layout.root)
         if storage.size_of(final_receipt) is not None:
             return False
         ours[final] = storage.inode_of(temp)
         storage.publish(temp, final)
-    storage.make_folder(final_receipt.parent)
+    storage.make_folder(final_receipt.parent, layout.root)
     sealed = receipt.sealed()
     temp, _ = storage.write_durable(layout.temporary, final_receipt.name, lambda: sealed)
     if not storage.publish_once(temp, final_receipt):

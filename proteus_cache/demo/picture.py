@@ -79,8 +79,7 @@ def draw_picture(picture: Picture, path: Path) -> None:
                 axes.set_ylabel(name, fontsize=11, color=_INK)
             if row == 0 and column == 0:
                 axes.set_title("patch features as colours, one basis for all rows", loc="left", fontsize=11, color=_INK)
-    temp, _ = storage.write_durable(path.parent, f".{path.name}", lambda: [_png(figure)])
-    storage.publish(temp, path)
+    storage.write_whole(path, lambda: [_png(figure)])
 
 
 def _png(figure: Figure) -> bytes:

@@ -273,8 +273,7 @@ def _pack(out: Path, show: Show) -> None:
 def _train(config: TrainConfig, out: Path, show: Show) -> None:
     recipe = out / "train.yaml"
     settings = {**RECIPE, "data": str(config.data), "out": str(config.out)}
-    temp, _ = storage.write_durable(out, recipe.name, lambda: yaml.safe_dump(settings, sort_keys=False).encode())
-    storage.publish(temp, recipe)
+    storage.write_whole(recipe, lambda: yaml.safe_dump(settings, sort_keys=False).encode())
     _say_command(show, "train", "--config", recipe)
     with show.progress("train", "steps") as update:
         done = train(config, resume=True, replace=True, progress=lambda at: update(at.step, at.n_steps, 0))
@@ -359,8 +358,7 @@ def _shown_images(folder: Path) -> list[Path]:
 
 def _write_report(report: DemoReport) -> None:
     text = json.dumps(report.to_json(), indent=1, sort_keys=True, allow_nan=False)
-    temp, _ = storage.write_durable(report.out, "demo.json", lambda: (text + "\n").encode())
-    storage.publish(temp, report.out / "demo.json")
+    storage.write_whole(report.out / "demo.json", lambda: (text + "\n").encode())
 
 
 def _say_command(show: Show, *parts: str | Path) -> None:

@@ -229,7 +229,7 @@ def _publish_plan(
     if announce is not None:
         announce(plan)
     plan.check()
-    storage.make_folder(layout.temporary)
+    storage.make_folder(layout.temporary, layout.root)
     for name, data in plan_files.items():
         _place_plan_file(layout, name, data)
     temp, _ = storage.write_durable(layout.temporary, "manifest.json", manifest.sealed)
@@ -375,8 +375,7 @@ def size_plan(
 def _place_plan_file(layout: CacheLayout, name: str, data: bytes) -> None:
     final = layout.temporary / f"plan-{name}"
     if storage.size_of(final) is None:
-        temp, _ = storage.write_durable(layout.temporary, final.name, lambda: data)
-        storage.publish(temp, final)
+        storage.write_whole(final, lambda: data, layout.temporary)
 
 
 def _finish_plan(layout: CacheLayout) -> None:
@@ -392,7 +391,7 @@ def _finish_plan(layout: CacheLayout) -> None:
     for name, final in moves.items():
         if storage.size_of(final) is not None:
             continue
-        storage.make_folder(final.parent)
+        storage.make_folder(final.parent, layout.root)
         if storage.size_of(layout.temporary / name) is None and storage.size_of(final) is None:
             raise FormatError(
                 f"{final}: missing, and no copy is left of it; copy it back, or extract into a new folder"
@@ -401,7 +400,7 @@ def _finish_plan(layout: CacheLayout) -> None:
             storage.publish(layout.temporary / name, final)
         if storage.size_of(final) is None:
             raise FormatError(f"{final}: missing; run the same command again")
-    storage.make_folder(layout.temporary)
+    storage.make_folder(layout.temporary, layout.root)
     for name in storage.list_folder(layout.temporary):
         if _PLAN_FILE.fullmatch(name):
             with suppress(ProteusCacheError):

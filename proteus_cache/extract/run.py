@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -152,6 +151,5 @@ def _precision(config: ExtractConfig, planned: PlannedCache, device: torch.devic
 def _empty(folder: Path) -> None:
     """Remove what killed runs left unfinished."""
     for name in storage.list_folder(folder):
-        with suppress(OSError):
-            (folder / name).unlink()
-            logger.info("removed unfinished file=%s", name)
+        storage.discard(folder / name)
+        logger.info("removed unfinished file=%s", name)

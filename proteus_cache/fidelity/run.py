@@ -152,7 +152,7 @@ def write_report(report: FidelityReport, path: Path, out: Path | None) -> Writte
             storage.publish(temp, final)
     except BaseException:
         for temp in unfinished.values():
-            storage.remove(temp)
+            storage.discard(temp)
         raise
     return Written(place, picture)
 

@@ -7,7 +7,6 @@ Threads do the units: reading, hashing and writing leave the interpreter free. E
 from __future__ import annotations
 
 import logging
-import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -110,9 +109,9 @@ def run_pack(plan: PackPlan, *, workers: int = 1, progress: Progress | None = No
     """
     if plan.finished is not None:
         return _only_move(plan, plan.finished, progress)
-    storage.make_folder(plan.out / "tmp")
+    storage.make_folder(plan.out / "tmp", plan.out)
     for view in plan.views:
-        storage.make_folder(plan.out / view)
+        storage.make_folder(plan.out / view, plan.out)
     _write(plan.out, plan_path(plan.out), [plan.document.sealed()])
     _write_parameters(plan)
     outcomes = _all_units(plan, workers, progress)
@@ -197,7 +196,7 @@ def _only_move(plan: PackPlan, pack: PackDocument, progress: Progress | None) ->
     if findings:
         first = findings[0]
         raise FormatError(f"{plan.out / first.path}: {first.problem}; {first.remedy}")
-    shutil.rmtree(plan.out / "tmp", ignore_errors=True)
+    storage.discard(plan.out / "tmp")
     moved = n_bytes = 0
     for done, (view, shard) in enumerate(_units(plan) if plan.move else []):
         if _is_cached(plan.cache, view, shard):
@@ -237,7 +236,7 @@ def _finish(plan: PackPlan, outcomes: dict[tuple[str, int], _Outcome]) -> PackDo
         licences=manifest.licences,
     )
     _write(plan.out, plan.out / "pack.json", [document.sealed()])
-    shutil.rmtree(plan.out / "tmp", ignore_errors=True)
+    storage.discard(plan.out / "tmp")
     return document
 
 
@@ -250,12 +249,11 @@ def _write_index(plan: PackPlan, view: str, tars: list[PackTar]) -> PackView:
             yield note.index_records()
 
     n_samples = sum(tar.n_samples for tar in tars)
-    temp, written = storage.write_durable(
-        plan.out / "tmp",
-        f"{view}.idx",
+    written = storage.write_whole(
+        plan.out / f"{view}.idx",
         lambda: index_buffers(view_index(view), n_samples, len(tars), plan.code_bytes, records()),
+        plan.out / "tmp",
     )
-    storage.publish(temp, plan.out / f"{view}.idx")
     return PackView(index=FileRecord(size=written.size, sha256=written.sha256), n_samples=n_samples, tars=tars)
 
 
@@ -269,14 +267,13 @@ def _write_parameters(plan: PackPlan) -> None:
     for name, blob in _parameters(plan).items():
         path = plan.out / "codec" / name
         if storage.size_of(path) != len(blob) or storage.sha256_of(path)[1] != name.removesuffix(".safetensors"):
-            storage.make_folder(path.parent)
+            storage.make_folder(path.parent, plan.out)
             _write(plan.out, path, [blob])
 
 
 def _write(out: Path, path: Path, data: list[bytes]) -> None:
     """One small file of the pack: written beside, synced, renamed."""
-    temp, _ = storage.write_durable(out / "tmp", path.name, lambda: data)
-    storage.publish(temp, path)
+    storage.write_whole(path, lambda: data, out / "tmp")
 
 
 def _sweep(plan: PackPlan, blobs: set[str]) -> None:
@@ -284,7 +281,7 @@ def _sweep(plan: PackPlan, blobs: set[str]) -> None:
     planned = set(plan.views)
     for name in storage.list_folder(plan.out):
         if is_view(name) and name not in planned:
-            shutil.rmtree(plan.out / name)
+            storage.remove_tree(plan.out / name)
         elif name.endswith(".idx") and name.removesuffix(".idx") not in planned:
             storage.remove(plan.out / name)
     for name in storage.list_folder(plan.out / "codec"):

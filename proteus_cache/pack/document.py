@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
 from proteus_cache.cache.layout import PROBE, is_view, view_name
-from proteus_cache.cache.manifest import TeacherRecord, TokenShape, ViewsRecord
+from proteus_cache.cache.manifest import MAX_IMAGES, MAX_SHARD_SIZE, TeacherRecord, TokenShape, ViewsRecord
 from proteus_cache.cache.receipt import FileRecord
 from proteus_cache.codecs.record import CodecRecord
-from proteus_cache.documents import Document
-
-_SHA256 = r"^[0-9a-f]{64}$"
+from proteus_cache.documents import Column, Document, Sha256, Text
+from proteus_cache.tar import END, member_bytes
 
 
 def _is_canonical(view: str) -> bool:
@@ -23,18 +21,18 @@ def _is_canonical(view: str) -> bool:
 class CacheIdentity(Document):
     """The cache that a pack was made from."""
 
-    manifest: str = Field(pattern=_SHA256)
+    manifest: Sha256
     """Digest of its manifest."""
-    cache_id: str = Field(pattern=_SHA256)
+    cache_id: Sha256
     """Of all view indices that were complete when the pack was made."""
-    view_ids: dict[str, str]
+    view_ids: dict[Text, Sha256]
     """Of each packed view index, the probe among them."""
 
 
 class PackTarget(Document):
     """One target in the codes of a sample."""
 
-    name: str = Field(pattern=r"^(cls|patch|block\.\d{1,3}(\.raw)?)$")
+    name: str = Field(pattern=r"^(cls|patch|block\.[0-9]{1,3}(\.raw)?)$")
     shape: TokenShape
     codec: CodecRecord
     offset: int = Field(ge=0)
@@ -45,18 +43,18 @@ class PackTar(Document):
     """One tar: its size, digest, and number of samples."""
 
     size: int = Field(ge=1024)
-    sha256: str = Field(pattern=_SHA256)
-    receipt: str = Field(pattern=_SHA256)
+    sha256: Sha256
+    receipt: Sha256
     """Digest of the receipt of the cache's unit that it was made from."""
-    n_samples: int = Field(ge=0)
+    n_samples: int = Field(ge=0, le=MAX_SHARD_SIZE)
 
 
 class PackView(Document):
     """One view index, or the probe."""
 
     index: FileRecord
-    n_samples: int = Field(ge=0)
-    tars: list[PackTar] = Field(min_length=1)
+    n_samples: int = Field(ge=0, le=MAX_IMAGES)
+    tars: Column[PackTar] = Field(min_length=1)
     """By shard, from 0."""
 
     @model_validator(mode="after")
@@ -80,14 +78,14 @@ class PackDocument(Document):
     """In the order of their codes."""
     code_bytes: int = Field(ge=1, lt=1 << 30)
     """Of one sample, all targets."""
-    shard_size: int = Field(ge=1)
-    n_images: int = Field(ge=1)
-    classes: list[str] | None
-    held_out: list[int]
+    shard_size: int = Field(ge=1, le=MAX_SHARD_SIZE)
+    n_images: int = Field(ge=1, le=MAX_IMAGES)
+    classes: Column[Text] | None
+    held_out: Column[int]
     """Tars that training never draws from."""
     packed: dict[str, PackView] = Field(min_length=1)
     """View index ("v000", ..., "probe") to its files."""
-    licences: dict[str, str]
+    licences: dict[Text, Text]
 
     @property
     def view_names(self) -> list[str]:
@@ -111,12 +109,14 @@ class PackDocument(Document):
     def _views_agree(self) -> Self:
         if not all(map(_is_canonical, self.packed)) or set(self.packed) != set(self.cache.view_ids):
             raise ValueError("the packed views are not views, or not those of the identity")
-        n_tars = math.ceil(self.n_images / self.shard_size)
+        n_tars = -(-self.n_images // self.shard_size)
         for view, entry in self.packed.items():
             if view != PROBE and len(entry.tars) != n_tars:
                 raise ValueError(f"{view} has {len(entry.tars)} tars instead of {n_tars}")
             if any(tar.n_samples > self.shard_size for tar in entry.tars):
                 raise ValueError(f"a tar of {view} has more samples than a shard")
+            if any(tar.size < len(END) + tar.n_samples * member_bytes(self.code_bytes) for tar in entry.tars):
+                raise ValueError(f"a tar of {view} is shorter than the codes that it should hold")
         if any(not 0 <= tar < n_tars for tar in self.held_out):
             raise ValueError("a held-out tar does not exist")
         return self

@@ -23,7 +23,7 @@ from proteus_cache.cache.layout import shard_stem
 from proteus_cache.cache.reader import Cache, open_cache
 from proteus_cache.cache.receipt import Receipt
 from proteus_cache.documents import MAX_DOCUMENT_BYTES, Document, canonical, digest_of, parse_sealed
-from proteus_cache.errors import ChecksumError, DamageError, FormatError, StorageError, UsageError
+from proteus_cache.errors import ChecksumError, DamageError, FormatError, UsageError
 from proteus_cache.pack.document import PackTar, PackTarget
 from proteus_cache.pack.index import RECORD, Records
 from proteus_cache.pack.recode import Recoding
@@ -119,12 +119,10 @@ def pack_unit(job: UnitJob, recodings: Sequence[Recoding]) -> PackedUnit:
     extension = "jpg" if cache.manifest.views.view_format == "jpeg" else "png"
     records = make_records(samples, job.shard)
     temporary = job.out / "tmp"
-    temp, written = storage.write_durable(temporary, job.tar_path.name, lambda: tar_buffers(samples, extension))
-    storage.publish(temp, job.tar_path)
+    written = storage.write_whole(job.tar_path, lambda: tar_buffers(samples, extension), temporary)
     tar = PackTar(size=written.size, sha256=written.sha256, receipt=job.receipt, n_samples=len(samples))
     note = PackedUnit(source=job.source, tar=tar, records=records.tobytes().hex(), widened=widened)
-    temp, _ = storage.write_durable(temporary, job.note_path.name, note.sealed)
-    storage.publish(temp, job.note_path)
+    storage.write_whole(job.note_path, note.sealed, temporary)
     logger.info("packed unit=%s/%s views=%d bytes=%d", job.view, shard_stem(job.shard), len(samples), written.size)
     return note
 
@@ -135,8 +133,7 @@ def move_unit(job: UnitJob, tar: PackTar) -> None:
     Raises:
         ChecksumError: the tar is not what was written; nothing is removed.
     """
-    _forget_cached_pages(job.tar_path)
-    if storage.sha256_of(job.tar_path) != (tar.size, tar.sha256):
+    if storage.sha256_of(job.tar_path, from_disk=True) != (tar.size, tar.sha256):
         raise ChecksumError(
             f"{job.tar_path}: does not read back as written; the cache's copy is kept, look at the disk"
         )
@@ -191,17 +188,3 @@ def _check_sample(json: bytes, what: str, job: UnitJob, row: int, key: str, dige
     stated = [document.get(field) for field in ("key", "view", "view_digest", "label")]
     if stated != [key, job.view, digest, job.labels[row]] or key != job.keys[row]:
         raise FormatError(f"{what}: does not belong to this receipt and image list; verify the cache with --read-data")
-
-
-def _forget_cached_pages(path: Path) -> None:
-    """Ask the system to drop its copy, so that the next read comes from the disk."""
-    import os
-
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        finally:
-            os.close(descriptor)
-    except OSError as error:
-        raise StorageError(f"{path}: cannot read back: {error.strerror or error}") from error

@@ -132,8 +132,7 @@ def _commanded(stage: Stage, program: Sequence[str], flags: Sequence[str], show:
     if stage.config is not None:
         path, text = stage.config
         storage.make_folder(path.parent)
-        temp, _ = storage.write_durable(path.parent, path.name, text.encode)
-        storage.publish(temp, path)
+        storage.write_whole(path, text.encode)
     show.say(f"$ {stage.command}")
     status, printed = _run([*program, *stage.arguments, "--json", *flags])
     result = _parsed(printed)
@@ -155,8 +154,7 @@ def _parsed(printed: str) -> dict[str, Any]:
 def _save(stage: Stage, report: dict[str, Any]) -> None:
     """Keep a report, with the command that it is the answer to."""
     text = json.dumps(report | {"command": stage.command}, indent=1, sort_keys=True, allow_nan=False) + "\n"
-    temp, _ = storage.write_durable(stage.out.parent, stage.out.name, text.encode)
-    storage.publish(temp, stage.out)
+    storage.write_whole(stage.out, text.encode)
 
 
 def _failure(stage: Stage, status: int) -> ProteusCacheError:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -59,9 +58,9 @@ def disk_rate(out: Path) -> float:
             path, written = storage.write_durable(scratch, "unit", lambda: itertools.repeat(chunk, n_chunks))
             seconds += time.perf_counter() - started
             n_bytes += written.size
-            path.unlink()
+            storage.discard(path)
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        storage.discard(scratch)
     return n_bytes / seconds
 
 

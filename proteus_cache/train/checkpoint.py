@@ -15,7 +15,6 @@ from __future__ import annotations
 import logging
 import os
 import re
-import shutil
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -109,7 +108,7 @@ def write_checkpoint(
         StorageError: it could not be written; older checkpoints are as they were.
         DamageError: the disk did not give back what was written, a second time too; older checkpoints are as they were.
     """
-    storage.make_folder(folder)
+    storage.make_folder(folder, folder.parent)
     final = folder / f"step-{state.step:08d}"
     began = time.perf_counter()
     temp = _written(folder, final.name, state, tensors)
@@ -133,7 +132,7 @@ def _written(folder: Path, name: str, state: CheckpointState, tensors: Mapping[s
         with _removed_on_failure(temp):
             storage.make_folder(temp)
             files = {file: _write(temp, file, tensors[file]) for file in TENSOR_FILES}
-            storage.write_new(temp / _STATE, state.model_copy(update={"files": files}).sealed())
+            storage.write_whole(temp / _STATE, state.model_copy(update={"files": files}).sealed)
             storage.sync_folder(temp)
             try:
                 _verify_files(temp, from_disk=True)
@@ -143,7 +142,7 @@ def _written(folder: Path, name: str, state: CheckpointState, tensors: Mapping[s
                 log.warning("the disk does not give back what was written, which is written once more: %s", error)
             else:
                 return temp
-        shutil.rmtree(temp, ignore_errors=True)
+        storage.discard(temp)
     raise AssertionError("unreachable")
 
 
@@ -152,13 +151,12 @@ def _removed_on_failure(temp: Path) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        shutil.rmtree(temp, ignore_errors=True)
+        storage.discard(temp)
         raise
 
 
 def _write(temp: Path, name: str, tensors: Mapping[str, Tensor]) -> CheckpointFile:
-    path, written = storage.write_durable(temp, name, lambda: tensor_chunks(tensors, {}))
-    storage.publish(path, temp / name)
+    written = storage.write_whole(temp / name, lambda: tensor_chunks(tensors, {}))
     return CheckpointFile(size=written.size, sha256=written.sha256)
 
 
@@ -241,12 +239,12 @@ def _remove(path: Path) -> None:
     """Remove a checkpoint; it loses its name first, so that a half-removed one is never found."""
     gone = path.with_name(_TEMPORARY + storage.temp_name(path.name))
     storage.publish(path, gone)
-    shutil.rmtree(gone, ignore_errors=True)
+    storage.discard(gone)
 
 
 def clear_unfinished(folder: Path) -> None:
     """Remove what killed writers left."""
     for name in storage.list_folder(folder):
         if name.startswith(_TEMPORARY):
-            shutil.rmtree(folder / name, ignore_errors=True)
+            storage.discard(folder / name)
             log.info("removed unfinished checkpoint=%s", os.fspath(folder / name))

@@ -130,8 +130,7 @@ class RunRecord:
             "samples": sorted(samples, key=lambda sample: (sample.get("is_finite") is not False, sample["position"])),
         }
         text = json.dumps(document, indent=1, allow_nan=False) + "\n"
-        temp, _ = storage.write_durable(self._config.out, f".{NOT_FINITE}", text.encode)
-        storage.publish(temp, path)
+        storage.write_whole(path, text.encode)
         bad = [str(sample["key"]) for sample in samples if sample.get("is_finite") is False]
         if not bad:
             return f"; its {len(samples):,} samples are named in {path}"

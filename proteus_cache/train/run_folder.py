@@ -91,8 +91,7 @@ def clear_leftovers(out: Path, *, is_new: bool) -> None:
 def write_config(out: Path, sections: Mapping[str, object]) -> None:
     """Write `config.yaml`; given to `train --config`, its `train` section makes the run again."""
     text = yaml.safe_dump(dict(sections), sort_keys=False, allow_unicode=True, width=110)
-    temp, _ = storage.write_durable(out, f".{CONFIG}", text.encode)
-    storage.publish(temp, out / CONFIG)
+    storage.write_whole(out / CONFIG, text.encode)
 
 
 class StepLog:

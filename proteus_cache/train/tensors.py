@@ -56,8 +56,7 @@ def tensor_chunks(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) ->
 
 def replace_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write a safetensors file beside `path`, durably, and give it that name."""
-    temp, _ = storage.write_durable(path.parent, f".{path.name}", lambda: tensor_chunks(tensors, metadata))
-    storage.publish(temp, path)
+    storage.write_whole(path, lambda: tensor_chunks(tensors, metadata))
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

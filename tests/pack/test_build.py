@@ -271,7 +271,7 @@ def test_nothing_is_removed_when_the_tar_does_not_read_back(
     cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = contents(cache.path)
-    monkeypatch.setattr(storage, "sha256_of", lambda _: (0, "0" * 64))
+    monkeypatch.setattr(storage, "sha256_of", lambda _, **__: (0, "0" * 64))
 
     with pytest.raises(ChecksumError, match="does not read back as written; the cache's copy is kept"):
         build_pack(cache.path, tmp_path / "pack", move=True)

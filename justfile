@@ -23,9 +23,13 @@ lint:
 types:
     {{ python }} -m mypy
 
-# Run all tests; arguments go to pytest: `just test -k knn`
+# Run all tests, one process a core; arguments go to pytest: `just test -k knn`, `just test -n 0` for one after another
 test *args:
-    {{ python }} -m pytest {{ args }}
+    {{ python }} -m pytest -n auto --maxprocesses 8 --dist worksteal {{ args }}
+
+# The long variants of the reliability tests: hours of crashes, faults and damage
+nightly *args:
+    {{ python }} -m pytest -n auto --maxprocesses 8 --dist worksteal -m nightly {{ args }}
 
 # Build the documentation into docs/_build/html; a warning is an error
 docs:

@@ -35,7 +35,8 @@ from PIL import Image
 from timm.data.transforms_factory import create_transform
 
 from benchmarks.views import make_pictures
-from proteus_cache.extract.config import ExtractConfig
+from proteus_cache.extract.canary import CANARY_EVERY, CanaryWatch
+from proteus_cache.extract.config import DEFAULT_SHARD_SIZE, ExtractConfig
 from proteus_cache.extract.pipeline import extract_units, units_to_do
 from proteus_cache.extract.planning import PlannedCache, plan_cache
 from proteus_cache.images import list_images
@@ -62,6 +63,10 @@ def main() -> None:
     print(f"  decode + timm DeiT      {result['timm_ms']:8.2f} ms CPU an image (median)")
     print(f"  extract less forward    {result['extract_ms']:8.2f} ms CPU a view (median)")
     print(f"  ratio                   {result['ratio']:8.2f}   rounds {result['ratios']}")
+    print(
+        f"  canaries, once          {result['canary_ms']:8.0f} ms CPU with their forward: "
+        f"{100 * result['canary_share']:.4f} % of {CANARY_EVERY} units of {DEFAULT_SHARD_SIZE:,} views"
+    )
     print(f"  memory growth           {result['memory_units']:8.2f} units of {result['unit_mb']:.1f} MB")
 
 
@@ -69,7 +74,7 @@ def measure(root: Path, folder: Path, rounds: int, limit: int, teacher_name: str
     """CPU seconds of both sides, interleaved, and the memory growth of the last extraction."""
     growth, unit_bytes = _memory(_plan(root, folder, "memory", 6 * 256, teacher_name, shard_size=256))
     clock = _ForwardClock()
-    timm_s, extract_s = [], []
+    timm_s, extract_s, forward_s, canary_s = [], [], [], []
     for number in range(rounds + 1):
         timm = _timm_seconds(root, limit)
         planned = _plan(root, folder, f"cache{number}", limit, teacher_name, shard_size=max(1, limit // 2))
@@ -77,14 +82,19 @@ def measure(root: Path, folder: Path, rounds: int, limit: int, teacher_name: str
         if number:  # the first round warms up
             timm_s.append(timm)
             extract_s.append(ours)
+            forward_s.append(clock.seconds)
+            canary_s.append(_canary_seconds(planned))
     ratios = [ours / timm for ours, timm in zip(extract_s, timm_s, strict=True)]
     n_images = min(limit, len(list_images(root).table))
+    view_s = (statistics.median(extract_s) + statistics.median(forward_s)) / n_images
     return {
         "n_images": n_images,
         "timm_ms": 1000 * statistics.median(timm_s) / n_images,
         "extract_ms": 1000 * statistics.median(extract_s) / n_images,
         "ratio": statistics.median(ratios),
         "ratios": [round(ratio, 3) for ratio in ratios],
+        "canary_ms": 1000 * statistics.median(canary_s),
+        "canary_share": statistics.median(canary_s) / (CANARY_EVERY * DEFAULT_SHARD_SIZE * view_s),
         "memory_units": growth / unit_bytes,
         "unit_mb": unit_bytes / 1e6,
         "torch": torch.__version__,
@@ -145,15 +155,25 @@ def _plan(root: Path, folder: Path, name: str, limit: int, teacher_name: str, sh
 
 
 def _extract(planned: PlannedCache, progress: Callable[[], None]) -> None:
-    extract_units(
-        planned,
-        units_to_do(planned.cache, ["v000"]),
-        device=torch.device("cpu"),
-        precision="fp32",
-        batch_size=8,
-        workers=0,
-        progress=lambda _: progress(),
-    )
+    """Without canaries: two units are too few to share their cost, and a teacher that is replaced is found by them."""
+    with patch("proteus_cache.extract.pipeline.CanaryWatch"):
+        extract_units(
+            planned,
+            units_to_do(planned.cache, ["v000"]),
+            device=torch.device("cpu"),
+            precision="fp32",
+            batch_size=8,
+            workers=0,
+            progress=lambda _: progress(),
+        )
+
+
+def _canary_seconds(planned: PlannedCache) -> float:
+    """CPU seconds of one repeat of the canaries, the teacher's forward of four images included."""
+    watch = CanaryWatch(planned.cache, planned.teacher.to("cpu", "fp32"), planned.codecs, 4)
+    started = time.process_time()
+    watch.repeat()
+    return time.process_time() - started
 
 
 def _extract_seconds(planned: PlannedCache, clock: _ForwardClock) -> float:

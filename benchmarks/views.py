@@ -145,6 +145,7 @@ def parts(root: Path, rows: list[dict[str, Any]]) -> dict[str, float]:
 def make_pictures(folder: Path, n: int) -> Path:
     """Write `n` JPEGs of 500 x 375 pixels with the falling spectrum of photographs."""
     draws = np.random.default_rng(0)
+    folder.mkdir(parents=True, exist_ok=True)
     for number in range(n):
         layers = []
         for side in (4, 16, 64, 375):

@@ -2,7 +2,9 @@
 
 A document is one JSON object in canonical form (UTF-8, keys sorted, no spaces, no NaN) whose last key is
 `digest`: the SHA-256 of the same object's canonical bytes without it. A newline ends the file. Reading is strict:
-duplicate keys, NaN, deep nesting, long input or another digest are refused before a value is used.
+duplicate keys, NaN, whole numbers beyond 64 bits, deep nesting, too many values, long input, another digest or another
+spelling of the same values are refused before a value is used. What is read has one spelling, so it seals to the same
+bytes again.
 """
 
 from __future__ import annotations
@@ -12,15 +14,23 @@ import json
 import math
 import re
 from itertools import accumulate
-from typing import Any, ClassVar, NoReturn, Self
+from typing import Annotated, Any, ClassVar, NoReturn, Self, TypeAlias, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from proteus_cache.errors import ChecksumError, FormatError
 
-MAX_DOCUMENT_BYTES = 64 << 20
+MAX_DOCUMENT_BYTES = 32 << 20
+MAX_VALUES = 1 << 20
+"""Values, counted by their commas and brackets. A pack.json of 100,000 tars has half as many, in 25 MB."""
+_MAX_CONTAINERS = 1 << 18
+_MAX_KEYS = 1 << 14
+"""Of one object; a pack has at most 10,000 view indices."""
+_MAX_KEYS_IN_ALL = 1 << 19
 _MAX_DEPTH = 16
-_NOT_BRACKET = re.compile(rb'"(?:[^"\\]|\\.)*"|[^][{}"]+')
+_MAX_INT = 1 << 63
+# Possessive, and an open string runs to the end: no input makes it go back.
+_NOT_BRACKET = re.compile(rb'"(?:[^"\\]++|\\.)*+"?+|[^][{}"]++', re.DOTALL)
 _TAIL = b',"digest":"' + b"0" * 64 + b'"}\n'
 
 
@@ -57,13 +67,15 @@ def check_seal(data: bytes, what: str) -> str:
     """
     if len(data) > MAX_DOCUMENT_BYTES:
         raise FormatError(f"{what}: larger than a document may be ({len(data):,} bytes)")
-    body, tail = data[: -len(_TAIL)], data[-len(_TAIL) :]
+    tail = data[-len(_TAIL) :]
     if tail[:11] != _TAIL[:11] or tail[-3:] != _TAIL[-3:]:
         raise FormatError(
             f"{what}: not a complete document (it does not end with its digest); it was cut short or is another file: "
             "copy it again from where it came from"
         )
-    found = hashlib.sha256(body + b"}").hexdigest()
+    state = hashlib.sha256(memoryview(data)[: -len(_TAIL)])
+    state.update(b"}")
+    found = state.hexdigest()
     if found.encode() != tail[11:-3]:
         raise ChecksumError(f"{what}: damaged (its bytes have digest {found[:12]}, it says {digest_of(data)[:12]!a})")
     return found
@@ -77,15 +89,49 @@ def parse_sealed(data: bytes, what: str) -> dict[str, Any]:
         FormatError: not a document, or one that is too large, too deep or ambiguous.
     """
     check_seal(data, what)
-    return strict_json(data[: -len(_TAIL)] + b"}", what)
+    body = _body(data)
+    value = strict_json(body, what)
+    _check_spelling(value, body, what)
+    return value
 
 
-def strict_json(data: bytes, what: str) -> dict[str, Any]:
-    """Parse one JSON object; refuse duplicate keys, NaN, nesting over 16 levels and values that are not an object."""
+def _body(data: bytes) -> bytearray:
+    """What was sealed."""
+    body = bytearray(memoryview(data)[: -len(_TAIL)])
+    body += b"}"
+    return body
+
+
+def _check_spelling(value: dict[str, Any], body: bytearray, what: str) -> None:
+    try:
+        is_canonical = canonical(value) == body
+    except UnicodeEncodeError:  # half of a surrogate pair
+        is_canonical = False
+    if not is_canonical:
+        raise FormatError(f"{what}: not in canonical form, so another program wrote or changed it")
+
+
+def strict_json(data: bytes | bytearray, what: str) -> dict[str, Any]:
+    """Parse one JSON object.
+
+    Raises:
+        FormatError: duplicate keys, NaN, whole numbers beyond 64 bits, nesting over 16 levels, too many values, or a
+            value that is not an object.
+    """
+    n_containers = data.count(b"[") + data.count(b"{")
+    n_values = n_containers + data.count(b",")
+    if n_containers > _MAX_CONTAINERS or n_values > MAX_VALUES or data.count(b'":') > _MAX_KEYS_IN_ALL:
+        raise FormatError(f"{what}: holds more values than a document may")
     if _depth(data) > _MAX_DEPTH:
         raise FormatError(f"{what}: nested more than {_MAX_DEPTH} levels deep")
     try:
-        value = json.loads(data, object_pairs_hook=_no_duplicates, parse_constant=_no_constant, parse_float=_finite)
+        value = json.loads(
+            str(data, "utf-8"),  # bytes would be taken as UTF-16 where they look so
+            object_pairs_hook=_no_duplicates,
+            parse_constant=_no_constant,
+            parse_float=_finite,
+            parse_int=_of_64_bits,
+        )
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{what}: not valid JSON ({error})") from error
     if not isinstance(value, dict):
@@ -93,17 +139,25 @@ def strict_json(data: bytes, what: str) -> dict[str, Any]:
     return value
 
 
-def _depth(data: bytes) -> int:
+def _depth(data: bytes | bytearray) -> int:
     """Largest bracket nesting outside strings."""
     depths = accumulate(1 if bracket in b"[{" else -1 for bracket in _NOT_BRACKET.sub(b"", data))
     return max(depths, default=0)
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(pairs) > _MAX_KEYS:
+        raise ValueError("an object has too many keys")
     value = dict(pairs)
     if len(value) != len(pairs):
         raise ValueError("a key occurs twice")
     return value
+
+
+def _of_64_bits(text: str) -> int:
+    if len(text) > 20 or not -_MAX_INT <= (number := int(text)) < _MAX_INT:
+        raise ValueError(f"the whole number {text[:24]} is too large")
+    return number
 
 
 def _finite(text: str) -> float:
@@ -115,6 +169,15 @@ def _finite(text: str) -> float:
 
 def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not allowed")
+
+
+T = TypeVar("T")
+Column: TypeAlias = Annotated[list[T], Field(fail_fast=True)]
+"""A list of any length: the first bad item is reported, not a million of them."""
+Text: TypeAlias = Annotated[str, Field(max_length=4096)]
+"""A name or a sentence."""
+Sha256: TypeAlias = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Crc32c: TypeAlias = Annotated[int, Field(ge=0, lt=1 << 32)]
 
 
 class Document(BaseModel):
@@ -133,10 +196,14 @@ class Document(BaseModel):
         Raises:
             ChecksumError, FormatError: as `parse_sealed`, or a field is missing, unknown or of another type.
         """
-        parse_sealed(data, what)  # strict JSON, which pydantic's own parser is not
+        check_seal(data, what)
+        body = _body(data)
+        strict_json(body, what)  # which pydantic's own parser is not
         try:
-            return cls.model_validate_json(data[: -len(_TAIL)] + b"}")
+            document = cls.model_validate_json(body)
         except ValidationError as error:
             first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"]) or "document"
+            where = ".".join(str(part)[:80] for part in first["loc"]) or "document"
             raise FormatError(f"{what}: {where}: {first['msg']}") from error
+        _check_spelling(document.model_dump(mode="json", exclude_unset=True), body, what)
+        return document

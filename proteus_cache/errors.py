@@ -12,6 +12,7 @@ sample, what is wrong and what to do. Anything else that escapes a command is a 
       DamageError                1  stored bytes are not what was written
         ChecksumError               a digest or CRC differs
         FormatError                 the structure is not the documented one
+      CanaryError                1  teacher, decoder or device is not what it was; not to be trusted
       StorageError               1  the file system said no
         SpaceError                  disk, quota or inodes are exhausted
 """
@@ -21,11 +22,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from proteus_cache.text import printable
+
 
 class ProteusCacheError(Exception):
-    """Root of all errors that proteus-cache raises on purpose."""
+    """Root of all errors that proteus-cache raises on purpose.
+
+    Its text is one line without control characters, wherever it is shown or logged: it may quote a hostile file.
+    """
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class UsageError(ProteusCacheError):
@@ -60,6 +69,10 @@ class ChecksumError(DamageError):
 
 class FormatError(DamageError):
     """A file's structure is not the documented one."""
+
+
+class CanaryError(ProteusCacheError):
+    """A check of the teacher, the decoder or the device failed: this process must not go on."""
 
 
 class StorageError(ProteusCacheError):

@@ -39,6 +39,8 @@ _REMEDIES = {
     errno.EOPNOTSUPP: "give a folder on a file system that knows hard links",
     errno.EIO: "look at the disk (dmesg) or the file server, then run the same command again",
     errno.ESTALE: "the file server lost sight of it: run the same command again",
+    errno.ETIMEDOUT: "the file server does not answer: look at it, then run the same command again",
+    errno.EINTR: "run the same command again",
 }
 _READ_BYTES = 1 << 20
 
@@ -126,7 +128,8 @@ class Free:
 
 
 @contextmanager
-def _reported(doing: str, path: Path) -> Iterator[None]:
+def reported(doing: str, path: Path) -> Iterator[None]:
+    """OSError becomes StorageError or SpaceError: the path, what could not be done, why, and what to do."""
     try:
         yield
     except OSError as error:
@@ -134,7 +137,7 @@ def _reported(doing: str, path: Path) -> Iterator[None]:
         if error.errno in _FULL:
             raise SpaceError(
                 f"{path}: cannot {doing}: {reason}; free space or inodes there and run the same command again, "
-                "finished units are kept"
+                "what is finished is kept"
             ) from error
         remedy = f"; {_REMEDIES[error.errno]}" if error.errno in _REMEDIES else ""
         raise StorageError(f"{path}: cannot {doing}: {reason}{remedy}") from error
@@ -158,10 +161,10 @@ def write_new(path: Path, chunks: Buffer | Iterable[Buffer]) -> Written:
     """
     digest = hashlib.sha256()
     size = 0
-    with _reported("write", path):
+    with reported("write", path):
         descriptor = disk.create(path)
     try:
-        with _reported("write", path):
+        with reported("write", path):
             try:
                 for chunk in _as_chunks(chunks):
                     view = memoryview(chunk).cast("B")  # type: ignore[arg-type]  # numpy types its buffer from 3.12 on
@@ -231,7 +234,7 @@ def publish(temp: Path, final: Path) -> None:
 
     A file server may rename and lose the answer; which file then has the name decides.
     """
-    with _reported("rename to", final):
+    with reported("rename to", final):
         ours = _inode(temp)
         try:
             disk.rename(temp, final)
@@ -249,7 +252,7 @@ def publish_once(temp: Path, final: Path) -> bool:
         first, and perhaps removed `temp` when it had finished.
     """
     try:
-        with _reported("link", final):
+        with reported("link", final):
             try:
                 disk.link(temp, final)
             except OSError as error:
@@ -280,7 +283,7 @@ def make_folder(path: Path, root: Path | None = None) -> None:
     elif found is None:
         make_folder(path.parent)
     if found is None:
-        with _reported("make folder", path):
+        with reported("make folder", path):
             try:
                 disk.make_folder(path)
             except FileExistsError:  # by another process, just now
@@ -298,7 +301,7 @@ def make_folder(path: Path, root: Path | None = None) -> None:
 
 def sync_folder(path: Path) -> None:
     """Make the names in `path` durable."""
-    with _reported("sync folder", path):
+    with reported("sync folder", path):
         descriptor = disk.open(path)
         try:
             disk.sync(descriptor)
@@ -308,7 +311,7 @@ def sync_folder(path: Path) -> None:
 
 def remove(path: Path) -> None:
     """Remove one file and make that durable; a missing file is no error."""
-    with _reported("remove", path):
+    with reported("remove", path):
         try:
             disk.unlink(path)
         except FileNotFoundError:
@@ -318,7 +321,7 @@ def remove(path: Path) -> None:
 
 def remove_tree(path: Path) -> None:
     """Remove a folder and all that is in it; links are removed, not followed. Nothing is synced."""
-    with _reported("remove", path):
+    with reported("remove", path):
         _remove_tree(path)
 
 
@@ -342,7 +345,7 @@ def _remove_tree(path: Path) -> None:
 
 def list_folder(path: Path) -> list[str]:
     """Sorted names in `path`; empty when it does not exist."""
-    with _reported("list", path):
+    with reported("list", path):
         try:
             return sorted(disk.names(path))
         except FileNotFoundError:
@@ -351,7 +354,7 @@ def list_folder(path: Path) -> list[str]:
 
 def size_of(path: Path) -> int | None:
     """Size of a regular file in bytes, or None when there is none (links are not followed)."""
-    with _reported("look at", path):
+    with reported("look at", path):
         try:
             status = disk.status(path)
         except FileNotFoundError:
@@ -361,7 +364,7 @@ def size_of(path: Path) -> int | None:
 
 def inode_of(path: Path) -> tuple[int, int] | None:
     """Which file has this name now (device and inode, kept by a rename), or None when there is none."""
-    with _reported("look at", path):
+    with reported("look at", path):
         return _inode(path)
 
 
@@ -389,7 +392,7 @@ def read_bytes(path: Path, limit: int) -> bytes:
         FormatError: the file is larger than `limit`.
         StorageError: it cannot be read.
     """
-    with _reported("read", path), _opened(path) as descriptor:
+    with reported("read", path), _opened(path) as descriptor:
         parts, left, step = [], limit + 1, min(limit, os.fstat(descriptor).st_size) + 1
         while left and (part := disk.read(descriptor, min(step, left))):
             parts.append(part)
@@ -409,7 +412,7 @@ def sha256_of(path: Path, *, from_disk: bool = False) -> tuple[int, str]:
     """
     digest = hashlib.sha256()
     size = 0
-    with _reported("read", path), _opened(path) as descriptor:
+    with reported("read", path), _opened(path) as descriptor:
         if from_disk and hasattr(os, "posix_fadvise"):
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         while part := disk.read(descriptor, _READ_BYTES):
@@ -434,6 +437,6 @@ def free_space(path: Path) -> Free:
     """Space and inodes left for this user on the file system that holds (or will hold) `path`."""
     while not os.path.exists(path) and path != path.parent:
         path = path.parent
-    with _reported("ask for free space", path):
+    with reported("ask for free space", path):
         status = os.statvfs(path)
     return Free(status.f_bavail * status.f_frsize, status.f_favail if status.f_files else None)

@@ -6,16 +6,21 @@ Nothing is opened; the stores' own readers say whether what is there is whole.
 from __future__ import annotations
 
 import os
+import shlex
+from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
 from typing import Final, Literal, TypeAlias
 
 from proteus_cache.choices import either
+from proteus_cache.errors import FormatError
 
 Kind: TypeAlias = Literal["cache", "pack", "run"]
 
 MARKERS: Final[dict[Kind, str]] = {"cache": "manifest.json", "pack": "pack.json", "run": "config.yaml"}
 """The file that makes a folder one of the three."""
+_UNFINISHED: Final[dict[Kind, str]] = {"pack": "tmp/plan.json", "cache": "tmp/plan-*.parquet"}
+"""What a command that was killed leaves before the file above."""
 WRITTEN_BY: Final[dict[Kind, str]] = {"cache": "extract", "pack": "pack", "run": "train"}
 _HOME_FOLDERS: Final = ("caches", "packs", "runs")
 _IMAGE_SUFFIXES = (".jpeg", ".jpg", ".png")
@@ -47,11 +52,30 @@ def described(path: Path) -> str:
     kind = kind_of(path)
     if kind is not None:
         return f"is a {kind}"
+    for unfinished, left in _UNFINISHED.items():
+        if any(path.glob(left)):
+            return f"is an unfinished {unfinished}, which the same `{WRITTEN_BY[unfinished]}` goes on with"
     if holds_images(path):
         return "is a folder of images"
     if _stores_below(path):
         return "is a folder of several caches, packs or runs"
     return "is an empty folder" if not any(os.scandir(path)) else "is no cache, pack or run"
+
+
+def refuse_links(folders: Iterable[Path]) -> None:
+    """Refuse folders of a store that are links: what is written or tidied there would be somewhere else.
+
+    Raises:
+        FormatError: names the first.
+    """
+    for folder in folders:
+        if os.path.islink(folder):
+            raise FormatError(f"{folder}: is a link, which may lead out of this store; put a folder there instead")
+
+
+def repair_command(path: Path) -> str:
+    """The command that mends a store, quoted for a shell; a cache needs the settings of its extract beside it."""
+    return shlex.join(["proteus-cache", "repair", str(path)])
 
 
 def _wanted(kinds: tuple[Kind, ...]) -> str:
@@ -82,11 +106,18 @@ def holds_images(path: Path) -> bool:
     if any(_is_image(entry) for entry in entries):
         return True
     for entry in entries[:8]:
-        if entry.is_dir() and not entry.name.startswith("."):
+        if not entry.name.startswith(".") and _is_folder(entry):
             with os.scandir(entry.path) as below:
                 if any(_is_image(inner) for inner in islice(below, _LOOKED_AT)):
                     return True
     return False
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads in a circle
+        return False
 
 
 def _is_image(entry: os.DirEntry[str]) -> bool:

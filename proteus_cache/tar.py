@@ -91,18 +91,28 @@ def parse_header(block: bytes, offset: int, end: int, what: str) -> Member | Non
     return member
 
 
-def members(file: BinaryIO, size: int, what: str) -> Iterator[Member]:
+def members(file: BinaryIO, size: int, what: str, most: int) -> Iterator[Member]:
     """All members of a tar of `size` bytes, in order; reads headers only.
 
+    Args:
+        file: the tar.
+        size: its bytes.
+        what: file, for messages.
+        most: members that there may be.
+
     Raises:
-        FormatError: a header is wrong, padding is not zero, or the tar does not end with two zero blocks.
+        FormatError: a header is wrong, padding is not zero, there are too many members, or the tar does not end with
+            two zero blocks.
     """
-    offset = 0
+    offset = n_members = 0
     while True:
         file.seek(offset)
         member = parse_header(file.read(BLOCK), offset, size, what)
         if member is None:
             break
+        n_members += 1
+        if n_members > most:
+            raise FormatError(f"{what}: holds more than the {most:,} files that it should")
         yield member
         file.seek(member.offset + member.size)
         if any(file.read(member.end - member.offset - member.size)):

@@ -18,6 +18,7 @@ from proteus_cache.extract.config import ExtractConfig
 from proteus_cache.extract.planning import plan_cache
 from proteus_cache.extract.run import ExtractResult, extract
 from proteus_cache.processes import Worker
+from proteus_cache.teachers.canary import canary_images
 
 SIZE_PX, PATCH_PX, WIDTH, DEPTH = 32, 8, 24, 2
 N_PATCHES = (SIZE_PX // PATCH_PX) ** 2
@@ -91,6 +92,12 @@ def make_cache(folder: Path, n_images: int = 10, **changes: Any) -> Cache:  # fi
     config = make_config(folder, n_images, **changes)
     run_extract(config)
     return open_cache(config.out)
+
+
+def shows_canaries(views: torch.Tensor) -> bool:
+    """Whether this batch for the teacher is one of fixed images, not of views."""
+    fixed = torch.from_numpy(canary_images(views.shape[1]))
+    return any(torch.equal(views[0].cpu(), image) for image in fixed)
 
 
 def identity(cache: Cache) -> dict[str, list[object]]:

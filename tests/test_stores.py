@@ -16,15 +16,19 @@ def test_a_store_is_told_by_its_file(tmp_path: Path, kind: Kind) -> None:
 
 
 def test_other_folders_are_described(tmp_path: Path) -> None:
-    for folder in ("empty", "flat", "classes/a", "other", "home/packs/p"):
+    for folder in ("empty", "flat", "classes/a", "other", "home/packs/p", "packing/tmp", "planning/tmp"):
         (tmp_path / folder).mkdir(parents=True)
     for file in ("flat/x.JPG", "classes/a/x.png", "other/notes.txt", "home/packs/p/pack.json"):
         (tmp_path / file).touch()
+    (tmp_path / "packing" / "tmp" / "plan.json").touch()
+    (tmp_path / "planning" / "tmp" / "plan-00.parquet").touch()
 
     assert described(tmp_path / "empty") == "is an empty folder"
     assert described(tmp_path / "flat") == described(tmp_path / "classes") == "is a folder of images"
     assert described(tmp_path / "other") == "is no cache, pack or run"
     assert described(tmp_path / "home") == "is a folder of several caches, packs or runs"
+    assert described(tmp_path / "packing") == "is an unfinished pack, which the same `pack` goes on with"
+    assert described(tmp_path / "planning") == "is an unfinished cache, which the same `extract` goes on with"
     assert described(tmp_path / "other" / "notes.txt") == "is a file"
     assert described(tmp_path / "nowhere") == "no such folder"
 

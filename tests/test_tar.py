@@ -17,7 +17,7 @@ _FILES = (("a_0.jpg", b"x" * 1000), ("a_0.json", b"{}\n"), ("b_1.png", b""), ("b
 
 
 def _read(data: bytes) -> list[tuple[str, bytes]]:
-    members = tar.members(io.BytesIO(data), len(data), "t.tar")
+    members = tar.members(io.BytesIO(data), len(data), "t.tar", most=100)
     return [(member.name, data[member.offset : member.offset + member.size]) for member in members]
 
 

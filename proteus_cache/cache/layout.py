@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 PROBE = "probe"
-_VIEW = re.compile(r"v\d{3,5}\Z")
-_RECEIPT = re.compile(r"s(\d{5,7})\.json\Z")
+_VIEW = re.compile(r"v[0-9]{3,5}\Z")
+_RECEIPT = re.compile(r"s([0-9]{5,7})\.json\Z")
 
 
 def view_name(index: int) -> str:
@@ -29,6 +29,24 @@ def is_view(name: str) -> bool:
 def shard_stem(shard: int) -> str:
     """Shard 12 to "s00012"."""
     return f"s{shard:05d}"
+
+
+def unit_number(view: str, shard: int, n_shards: int) -> int:
+    """A number for every unit of a store that does not depend on which are there.
+
+    Args:
+        view: view index, or the probe.
+        shard: of the unit.
+        n_shards: of every view index.
+    """
+    return shard if view == PROBE else int(view[1:]) * n_shards + shard
+
+
+def unit_of_name(name: str) -> tuple[str, int] | None:
+    """ "v000/s00012" to ("v000", 12); None for anything that is not the name of a unit."""
+    view, _, stem = name.partition("/")
+    shard = shard_of_receipt(f"{stem}.json")
+    return (view, shard) if is_view(view) and shard is not None else None
 
 
 def shard_of_receipt(name: str) -> int | None:

@@ -8,9 +8,12 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field
 
 from proteus_cache.codecs.record import CodecRecord
-from proteus_cache.documents import Document
+from proteus_cache.documents import Column, Document, Sha256, Text
+from proteus_cache.views.spec import MAX_SIZE_PX
 
-_SHA256 = r"^[0-9a-f]{64}$"
+MAX_IMAGES = (1 << 32) - 2
+"""An index record has 32 bits for an image's row."""
+MAX_SHARD_SIZE = 1 << 20
 _MOST_VALUES = 1 << 24
 """In one view's tokens. The largest real ones (37 x 37 patches of width 1,536) are 2 million."""
 
@@ -30,17 +33,17 @@ TokenShape = Annotated[
 class TeacherRecord(Document):
     """The frozen model that made the targets."""
 
-    name: str
-    implementation: str
-    architecture: dict[str, Any]  # arguments of the implementation's constructor, JSON values
-    weights_source: str
-    weights_sha256: str = Field(pattern=_SHA256)
-    licence: str
-    size_px: int = Field(ge=1)
-    patch_px: int = Field(ge=1)
-    width: int = Field(ge=1)
-    depth: int = Field(ge=1)
-    n_register_tokens: int = Field(ge=0)
+    name: Text
+    implementation: Text
+    architecture: dict[Text, Any]  # arguments of the implementation's constructor, JSON values
+    weights_source: Text
+    weights_sha256: Sha256
+    licence: Text
+    size_px: int = Field(ge=1, le=MAX_SIZE_PX)
+    patch_px: int = Field(ge=1, le=MAX_SIZE_PX)
+    width: int = Field(ge=1, le=65_536)
+    depth: int = Field(ge=1, le=1000)
+    n_register_tokens: int = Field(ge=0, le=1000)
     mean: list[float] = Field(min_length=3, max_length=3)
     std: list[float] = Field(min_length=3, max_length=3)
     precision: Literal["fp32", "fp16", "bf16"]
@@ -49,12 +52,12 @@ class TeacherRecord(Document):
 class ImagesRecord(Document):
     """The frozen image list, `images.parquet`."""
 
-    n_images: int = Field(ge=1)
-    sha256: str = Field(pattern=_SHA256)
-    classes: list[str] | None
+    n_images: int = Field(ge=1, le=MAX_IMAGES)
+    sha256: Sha256
+    classes: Column[Text] | None
     """Class names by label, or None for images without labels."""
-    n_probe: int = Field(ge=0)
-    held_out: list[int]
+    n_probe: int = Field(ge=0, le=MAX_IMAGES)
+    held_out: Column[int]
     """Shards that training never draws from."""
 
 
@@ -62,23 +65,39 @@ class ViewsRecord(Document):
     """How an image becomes a view."""
 
     augment: Literal["deit", "none"]
-    size_px: int = Field(ge=1)
+    size_px: int = Field(ge=1, le=MAX_SIZE_PX)
     view_format: Literal["jpeg", "png"]
     jpeg_quality: int | None
-    jpeg_subsampling: str | None
+    jpeg_subsampling: Text | None
     seed: int = Field(ge=0)
     mean: list[float] = Field(min_length=3, max_length=3)
     std: list[float] = Field(min_length=3, max_length=3)
-    decoder: str
+    decoder: Text
     """Library whose decoding of the stored bytes the teacher saw."""
 
 
 class TargetRecord(Document):
     """One target: its shape for one view and its codec."""
 
-    name: str = Field(pattern=r"^(cls|patch|block\.\d{1,3}(\.raw)?)$")
+    name: str = Field(pattern=r"^(cls|patch|block\.[0-9]{1,3}(\.raw)?)$")
     shape: TokenShape
     codec: CodecRecord
+
+
+_Projections = Annotated[
+    list[Annotated[list[float], Field(min_length=32, max_length=32)]], Field(min_length=4, max_length=4)
+]
+
+
+class CanaryRecord(Document):
+    """What teacher and decoder gave for fixed input when the cache was planned; every extracting process compares."""
+
+    projections: dict[str, _Projections]
+    """Target to the 32 sums with signs of what the teacher said of each of the four canary images."""
+    rms: dict[str, float]
+    """Target to the root mean square of its values over the planning views."""
+    decoded: dict[str, Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]]
+    """Built-in JPEG to the digest of the pixels that it decoded to."""
 
 
 class Manifest(Document):
@@ -90,9 +109,11 @@ class Manifest(Document):
     images: ImagesRecord
     views: ViewsRecord
     targets: list[TargetRecord] = Field(min_length=1)
-    shard_size: int = Field(ge=1)
-    libraries: dict[str, str]
-    licences: dict[str, str]
+    shard_size: int = Field(ge=1, le=MAX_SHARD_SIZE)
+    libraries: dict[Text, Text]
+    licences: dict[Text, Text]
+    canary: CanaryRecord | None = None
+    """None in caches that were planned before there were canaries."""
 
     @property
     def n_shards(self) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -13,20 +14,30 @@ from typing import Any
 import google_crc32c
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from proteus_cache import storage, stores, tar
 from proteus_cache.cache import zarr_arrays
-from proteus_cache.cache.layout import PROBE, CacheLayout, is_view, shard_of_receipt, views_tar, zarr_shard
+from proteus_cache.cache.image_list import parse_images
+from proteus_cache.cache.layout import (
+    PROBE,
+    CacheLayout,
+    is_view,
+    shard_of_receipt,
+    shard_stem,
+    views_tar,
+    zarr_shard,
+)
 from proteus_cache.cache.manifest import Manifest, TargetRecord
 from proteus_cache.cache.receipt import Receipt
 from proteus_cache.cache.writer import rows_of_view
 from proteus_cache.documents import MAX_DOCUMENT_BYTES, check_seal, digest_of
-from proteus_cache.errors import ChecksumError, FormatError, UsageError
+from proteus_cache.errors import ChecksumError, DamageError, FormatError, StorageError, UsageError
+from proteus_cache.views.encode import most_view_bytes
 
 _MAX_BLOB_BYTES = 1 << 30
 _MAX_LIST_BYTES = 4 << 30
+_MAX_SAMPLE_JSON_BYTES = 1 << 20
 _SHARDS_HELD = 2
 
 
@@ -53,13 +64,39 @@ def open_cache(path: str | Path) -> Cache:
 
     Raises:
         UsageError: there is no cache at `path`; says what is there.
-        DamageError: its manifest is damaged.
+        DamageError: its manifest is damaged, one of its folders is a link, or there is metadata of Zarr v2 beside its
+            arrays.
     """
     layout = CacheLayout(Path(path))
     if not is_cache(layout.root):
         raise UsageError(stores.wrong_folder(layout.root, "cache"))
     data = storage.read_bytes(layout.manifest, MAX_DOCUMENT_BYTES)
-    return Cache(layout, Manifest.parse(data, str(layout.manifest)), digest_of(data))
+    manifest = Manifest.parse(data, str(layout.manifest))
+    _refuse_foreign_folders(layout, manifest)
+    return Cache(layout, manifest, digest_of(data))
+
+
+def _refuse_foreign_folders(layout: CacheLayout, manifest: Manifest) -> None:
+    """Links in the place of folders, and metadata of Zarr v2."""
+    arrays = layout.root / "targets.zarr"
+    beside = [layout.root / "views", layout.root / "receipts"]
+    stores.refuse_links([layout.temporary, layout.codec, arrays, *beside])
+    stores.refuse_links(folder / view for folder in beside for view in filter(is_view, storage.list_folder(folder)))
+    above = storage.list_folder(arrays)
+    names = {arrays: above}
+    for view in filter(is_view, above):
+        folders = [arrays / view, *(arrays / view / target.name for target in manifest.targets)]
+        stores.refuse_links(folders)
+        for folder in folders:
+            with suppress(StorageError):  # not a folder: verify finds it
+                names[folder] = storage.list_folder(folder)
+    for folder, found in names.items():
+        for name in zarr_arrays.OLD_METADATA:
+            if name in found:
+                raise FormatError(
+                    f"{folder / name}: metadata of Zarr v2, by which a general reader can be made to run code; no "
+                    "cache holds it: remove that file"
+                )
 
 
 class Cache:
@@ -69,6 +106,9 @@ class Cache:
         self.layout = layout
         self.manifest = manifest
         self.manifest_digest = manifest_digest
+        self.disbelieved: dict[tuple[str, int], str | None] = {}
+        """Units that are known to be wrong and are being redone: (view index, shard) to the SHA-256 of the bytes of the
+        receipt, None without any. `receipt` has none of them."""
         self._codes = lru_cache(maxsize=_SHARDS_HELD * len(manifest.targets))(self._read_codes)
         self._members = lru_cache(maxsize=_SHARDS_HELD)(self._list_members)
 
@@ -84,10 +124,17 @@ class Cache:
         Raises:
             ChecksumError: `images.parquet` is not the frozen list.
         """
+        if storage.size_of(self.layout.images) is None:
+            raise FormatError(
+                f"{self.layout.images}: missing, or no plain file; run `{stores.repair_command(self.layout.root)}`"
+            )
         data = storage.read_bytes(self.layout.images, _MAX_LIST_BYTES)
         if hashlib.sha256(data).hexdigest() != self.manifest.images.sha256:
-            raise ChecksumError(f"{self.layout.images}: damaged; it is not the image list of this cache")
-        return pq.read_table(io.BytesIO(data))
+            raise ChecksumError(
+                f"{self.layout.images}: damaged; it is not the image list of this cache; "
+                f"run `{stores.repair_command(self.layout.root)}`"
+            )
+        return parse_images(data, self.manifest, str(self.layout.images))
 
     @cached_property
     def _probe_rows(self) -> NDArray[np.int64]:
@@ -100,9 +147,10 @@ class Cache:
         return sorted(names, key=lambda name: (name == PROBE, name))
 
     def units(self, view: str) -> list[int]:
-        """Shards of one view index that have a receipt."""
+        """Shards of one view index that have a receipt; a file that is named like one of no shard is none."""
         names = storage.list_folder(self.layout.root / "receipts" / view)
-        return sorted(shard for shard in map(shard_of_receipt, names) if shard is not None)
+        _, n_shards = rows_of_view(self.manifest, view)
+        return sorted(shard for shard in map(shard_of_receipt, names) if shard is not None and shard < n_shards)
 
     def is_complete(self, view: str) -> bool:
         """Whether every unit of a view index has a receipt."""
@@ -119,8 +167,15 @@ class Cache:
             DamageError: the receipt is damaged, or belongs to another cache or unit.
         """
         path = self.layout.receipt(view, shard)
-        if storage.size_of(path) is None:
+        if (view, shard) in self.disbelieved or storage.size_of(path) is None:
             return None
+        try:
+            return self._parsed(path, view, shard)
+        except DamageError as error:
+            raise type(error)(f"{error}; run `{stores.repair_command(self.layout.root)}`") from error
+
+    def _parsed(self, path: Path, view: str, shard: int) -> Receipt:
+        """The receipt in a file, if it is that of this unit."""
         receipt = Receipt.parse(storage.read_bytes(path, MAX_DOCUMENT_BYTES), str(path))
         if receipt.manifest != self.manifest_digest:
             raise FormatError(f"{path}: belongs to another cache (its manifest digest is {receipt.manifest[:12]})")
@@ -181,9 +236,11 @@ class Cache:
         if target.codec.parameters is None:
             return None
         path = self.layout.parameters(target.codec.parameters)
+        if storage.size_of(path) is None:
+            raise FormatError(f"{path}: missing, or no plain file; run `{stores.repair_command(self.layout.root)}`")
         data = storage.read_bytes(path, _MAX_BLOB_BYTES)
         if hashlib.sha256(data).hexdigest() != target.codec.parameters:
-            raise ChecksumError(f"{path}: damaged; run `proteus-cache verify {self.layout.root} --read-data`")
+            raise ChecksumError(f"{path}: damaged; run `{stores.repair_command(self.layout.root)}`")
         return data
 
     def tar_path(self, view: str, shard: int) -> Path:
@@ -202,10 +259,22 @@ class Cache:
         if found != record.size:
             state = "missing" if found is None else f"{found:,} bytes long instead of {record.size:,}"
             raise ChecksumError(f"{path}: {state}; {_redo(self.layout, receipt)}")
+        if record.size > self._most_bytes(receipt, relative):
+            raise FormatError(f"{path}: {record.size:,} bytes are more than the views of this unit can have")
         data = storage.read_bytes(path, record.size)
         if hashlib.sha256(data).hexdigest() != record.sha256:
             raise ChecksumError(f"{path}: damaged (SHA-256 differs from the receipt); {_redo(self.layout, receipt)}")
         return data
+
+    def _most_bytes(self, receipt: Receipt, relative: str) -> int:
+        """What a file of a unit can be long at most, whatever its receipt says."""
+        if relative == views_tar(receipt.view, receipt.shard):
+            view_bytes = most_view_bytes(self.manifest.views.size_px)
+            a_sample = tar.member_bytes(view_bytes) + tar.member_bytes(_MAX_SAMPLE_JSON_BYTES)
+            return len(receipt.samples.rows) * a_sample + len(tar.END)
+        largest = max(target.codec.code_bytes for target in self.manifest.targets)
+        rows = receipt.end_row - receipt.first_row
+        return rows * (largest + largest // 128 + 1024) + 16 * self.manifest.shard_size + 4
 
     def read_codes(self, view: str, shard: int, target: str) -> NDArray[np.uint8]:
         """Codes of one target of one unit, all checksums checked: (rows, code_bytes) uint8; zero where quarantined.
@@ -253,7 +322,10 @@ class Cache:
         data = self.read_file(receipt, relative)
         extension = "jpg" if self.manifest.views.view_format == "jpeg" else "png"
         parts: dict[str, dict[str, bytes]] = {}
-        for member in tar.members(io.BytesIO(data), len(data), relative):
+        most = 2 * len(receipt.samples.keys)
+        for member in tar.members(io.BytesIO(data), len(data), relative, most):
+            if member.extension in parts.get(member.key, ()):
+                raise FormatError(f"{relative}: holds {member.name} twice")
             parts.setdefault(member.key, {})[member.extension] = data[member.offset : member.offset + member.size]
         if list(parts) != receipt.samples.keys or any(set(part) != {extension, "json"} for part in parts.values()):
             raise FormatError(f"{relative}: its members are not those of the receipt")
@@ -329,5 +401,5 @@ def combine_view_ids(view_ids: list[str]) -> str:
 
 
 def _redo(layout: CacheLayout, receipt: Receipt) -> str:
-    path = layout.receipt(receipt.view, receipt.shard)
-    return f"remove {path} and run the same extract again: it redoes this unit only"
+    unit = f"{receipt.view}/{shard_stem(receipt.shard)}"
+    return f"run `{stores.repair_command(layout.root)}`, which redoes unit {unit} and what else is damaged"

@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from proteus_cache.documents import Document
+from proteus_cache.documents import Column, Crc32c, Document, Sha256, Text
 
-_SHA256 = r"^[0-9a-f]{64}$"
+Key = Annotated[str, Field(pattern=r"^[a-z0-9_]{1,64}$")]
+"""Of a sample."""
+ViewDigest = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
 
 
 class FileRecord(Document):
     """Size in bytes and SHA-256 of one file."""
 
     size: int = Field(ge=0)
-    sha256: str = Field(pattern=_SHA256)
+    sha256: Sha256
 
 
 class Quarantined(Document):
     """One image that cannot become a view."""
 
     row: int = Field(ge=0)
-    key: str
-    path: str
-    reason: str
+    key: Text
+    path: Text
+    reason: Text
 
 
 class Moments(Document):
@@ -38,12 +40,12 @@ class Moments(Document):
 class Samples(Document):
     """Columns over the stored views of a unit, in row order."""
 
-    rows: list[int]
-    keys: list[str]
-    view_digests: list[str]
-    source_sha256: list[str]
+    rows: Column[int]
+    keys: Column[Key]
+    view_digests: Column[ViewDigest]
+    source_sha256: Column[Sha256]
     """Of the image files."""
-    crc32c: dict[str, list[int]]
+    crc32c: dict[Text, Column[Crc32c]]
     """Target name to the CRC-32C of each view's codes."""
 
     @model_validator(mode="after")
@@ -62,23 +64,23 @@ class Receipt(Document):
 
     format: Literal["proteus-cache/receipt"] = "proteus-cache/receipt"
     version: Literal[1] = 1
-    manifest: str = Field(pattern=_SHA256)
+    manifest: Sha256
     """Digest of the cache's manifest."""
-    view: str = Field(pattern=r"^(v\d{3,5}|probe)$")
+    view: str = Field(pattern=r"^(v[0-9]{3,5}|probe)$")
     shard: int = Field(ge=0)
     first_row: int = Field(ge=0)
     end_row: int = Field(ge=1)
     """Array rows of the unit: first_row to end_row - 1."""
     precision: Literal["fp32", "fp16", "bf16"]
     """Of the teacher's forward; fp32 where a unit had to be redone."""
-    files: dict[str, FileRecord]
+    files: dict[Text, FileRecord]
     """Relative path to the record of every file of the unit."""
-    zarr: dict[str, str]
+    zarr: dict[Text, Sha256]
     """Relative path to the SHA-256 of every zarr.json above the unit's arrays."""
     samples: Samples
-    quarantined: list[Quarantined]
-    moments: dict[str, Moments]
-    widened: dict[str, int] = Field(default_factory=dict)
+    quarantined: Column[Quarantined]
+    moments: dict[Text, Moments]
+    widened: dict[Text, int] = Field(default_factory=dict)
     """Target name to the steps of codes that an overflow widened; without those that have none."""
-    made_with: dict[str, str]
+    made_with: dict[Text, Text]
     """Versions and device that produced this unit."""

@@ -11,15 +11,17 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from proteus_cache import storage
+from proteus_cache import storage, stores
 from proteus_cache.cache import zarr_arrays
 from proteus_cache.cache.layout import array_folder, is_view, shard_stem
 from proteus_cache.cache.reader import Cache, open_cache
 from proteus_cache.cache.receipt import Receipt
-from proteus_cache.cache.writer import rows_of_view
+from proteus_cache.cache.writer import rows_of_view, wanted_metadata
 from proteus_cache.documents import parse_sealed
 from proteus_cache.errors import DamageError, StorageError
 from proteus_cache.views.encode import decode_view, digest_pixels
+
+IMAGES = "images.parquet"
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +37,11 @@ class Finding:
 
 
 def verify_cache(
-    path: str | Path, read_data: bool = False, progress: Callable[[int, int, int], None] | None = None
+    path: str | Path,
+    read_data: bool = False,
+    progress: Callable[[int, int, int], None] | None = None,
+    *,
+    chosen: Callable[[str, int], bool] | None = None,
 ) -> list[Finding]:
     """Check a cache; an empty list means that nothing is wrong.
 
@@ -44,6 +50,8 @@ def verify_cache(
         read_data: read every file and check every digest and checksum, view pixels included; otherwise structure,
             names and sizes.
         progress: called with (units done, units in all, bytes read of them).
+        chosen: with `read_data`, whether the files of a unit (view index, shard) are read; None reads all. Structure,
+            names and sizes are checked of every unit all the same.
 
     Raises:
         UsageError: there is no cache at `path`.
@@ -51,86 +59,148 @@ def verify_cache(
     """
     cache = open_cache(path)
     findings = [*_plan_files(cache, read_data)]
-    known = {"manifest.json", "images.parquet"}
+    has_list = all(finding.path != IMAGES for finding in findings)
+    known = {"manifest.json", IMAGES}
     known |= {f"codec/{t.codec.parameters}.safetensors" for t in cache.manifest.targets if t.codec.parameters}
     units = [(view, shard) for view in cache.views() for shard in cache.units(view)]
+    metadata = _Metadata(cache)
     n_bytes = 0
     for done, (view, shard) in enumerate(units):
-        findings += _unit(cache, view, shard, known, read_data)
-        if read_data:
-            files = map(cache.layout.resolve, cache.unit_files(view, shard))
+        is_read = read_data and (chosen is None or chosen(view, shard))
+        findings += _unit(cache, view, shard, known, metadata, is_read, has_list)
+        if is_read:
+            files = map(cache.layout.resolve, cache.unit_files(view, shard) if _exists(cache, view, shard) else [])
             n_bytes += sum(storage.size_of(file) or 0 for file in files)
         if progress is not None:
             progress(done + 1, len(units), n_bytes)
-    return findings + list(_unknown_files(cache, known))
+    return findings + metadata.findings + list(_unknown_files(cache, known))
 
 
 def _plan_files(cache: Cache, read_data: bool) -> Iterator[Finding]:
-    again = "copy it back from where the cache came from; units are not affected"
     if storage.size_of(cache.layout.images) is None:
-        yield Finding("images.parquet", None, "missing", again)
+        yield Finding(IMAGES, None, "missing", _repair(cache))
     elif read_data:
-        yield from _caught("images.parquet", None, again, lambda: cache.image_table)
+        yield from _caught(cache, IMAGES, None, _repair(cache), lambda: cache.image_table)
     for target in cache.manifest.targets:
         if target.codec.parameters is not None:
             relative = f"codec/{target.codec.parameters}.safetensors"
-            yield from _caught(relative, None, again, partial(cache.parameters_blob, target))
+            yield from _caught(cache, relative, None, _repair(cache), partial(cache.parameters_blob, target))
 
 
-def _unit(cache: Cache, view: str, shard: int, known: set[str], read_data: bool) -> list[Finding]:
+def _repair(cache: Cache) -> str:
+    return f"run `{stores.repair_command(cache.path)}`"
+
+
+def _exists(cache: Cache, view: str, shard: int) -> bool:
+    """Whether there is such a unit, with or without a receipt."""
+    return shard < rows_of_view(cache.manifest, view)[1]
+
+
+def _unit(
+    cache: Cache, view: str, shard: int, known: set[str], metadata: _Metadata, read_data: bool, has_list: bool
+) -> list[Finding]:
     name = f"{view}/{shard_stem(shard)}"
     relative = f"receipts/{name}.json"
-    remedy = f"remove {cache.path / relative} and run the same extract again: it redoes this unit only"
-    known.update([relative, *cache.unit_files(view, shard)] if shard < rows_of_view(cache.manifest, view)[1] else [])
+    if not _exists(cache, view, shard):
+        return []  # its receipt is among the unknown files
+    remedy = f"{_repair(cache)}: it redoes this unit"
+    known.update([relative, *cache.unit_files(view, shard)])
     try:
         receipt = cache.receipt(view, shard)
     except (DamageError, StorageError) as error:
-        return [Finding(relative, name, str(error), remedy)]
+        return [Finding(relative, name, _problem(cache, relative, error), remedy)]
     if receipt is None:
-        return [Finding(relative, name, "vanished while it was checked", remedy)]
+        return [Finding(relative, name, "vanished while it was checked, or is no plain file", remedy)]
     findings = []
     for file, record in receipt.files.items():
         size = storage.size_of(cache.layout.resolve(file))
         if size != record.size:
             problem = "missing" if size is None else f"{size:,} bytes instead of {record.size:,}"
             findings.append(Finding(file, name, problem, remedy))
-    findings += _arrays(cache, receipt, name, known)
+    known.update(receipt_metadata := metadata.paths(view))
+    if not metadata.is_of(receipt, receipt_metadata):
+        findings.append(
+            Finding(relative, name, "was written with another zarr.json than the one that is right", remedy)
+        )
     if read_data and not findings:
-        findings += _unit_data(cache, receipt, name, remedy)
+        findings += _unit_data(cache, receipt, name, remedy, has_list)
     return findings
 
 
-def _arrays(cache: Cache, receipt: Receipt, name: str, known: set[str]) -> Iterator[Finding]:
-    """Every zarr.json above the unit's arrays is the one that its receipt saw."""
-    remedy = "remove it and run the same extract again: it writes it anew"
-    expected = {"targets.zarr/zarr.json", f"targets.zarr/{receipt.view}/zarr.json"}
-    expected |= {f"{array_folder(receipt.view, target.name)}/zarr.json" for target in cache.manifest.targets}
-    known.update(expected)
-    for path in sorted(expected):
-        metadata = _metadata(cache, path)
-        if metadata is None:
-            yield Finding(path, name, "missing", remedy)
-        elif hashlib.sha256(metadata).hexdigest() != receipt.zarr.get(path):
-            yield Finding(path, name, "not the one that the unit was written with", remedy)
+class _Metadata:
+    """Every zarr.json above the units' arrays is the one that their receipts saw; each that is not is found once."""
+
+    def __init__(self, cache: Cache) -> None:
+        self.findings: list[Finding] = []
+        self._cache = cache
+        self._digests: dict[str, tuple[str | None, str]] = {}
+        """Relative path to the SHA-256 of what is there (None without a file) and of what belongs there."""
+        self._wrong: set[str] = set()
+        """Those that say something else than the manifest, whatever a receipt says of them."""
+        self._paths: dict[str, list[str]] = {}
+
+    def paths(self, view: str) -> list[str]:
+        """Of one view index."""
+        if view in self._paths:
+            return self._paths[view]
+        wanted = wanted_metadata(self._cache.manifest, view)
+        for path, data in wanted.items():
+            if path not in self._digests:
+                found = _metadata(self._cache, path)
+                there = None if found is None else hashlib.sha256(found).hexdigest()
+                self._digests[path] = there, hashlib.sha256(data).hexdigest()
+                if found is not None and not _is_metadata(found, data, path):
+                    self._wrong.add(path)
+        self._paths[view] = sorted(wanted)
+        return self._paths[view]
+
+    def is_of(self, receipt: Receipt, paths: list[str]) -> bool:
+        """False when the receipt, not the file, is the one that differs from what belongs there."""
+        for path in paths:
+            found, wanted = self._digests[path]
+            seen = receipt.zarr.get(path)
+            if seen == found and found is not None and path not in self._wrong:
+                continue
+            if found == wanted:
+                return False
+            problem = "missing" if found is None else "not the one that its units were written with"
+            if path in self._wrong:
+                problem = "not the array or group of this cache"
+            finding = Finding(path, None, problem, f"{_repair(self._cache)}: it writes it anew")
+            if finding not in self.findings:
+                self.findings.append(finding)
+        return True
 
 
 def _metadata(cache: Cache, path: str) -> bytes | None:
-    """The bytes of a zarr.json; None where no file of a possible size has that name."""
+    """The bytes of a zarr.json; None where no file of a possible size has that name, or it cannot be read."""
     final = cache.layout.resolve(path)
-    size = storage.size_of(final)
-    if size is None or size > zarr_arrays.MAX_METADATA_BYTES:
+    try:
+        size = storage.size_of(final)
+        if size is None or size > zarr_arrays.MAX_METADATA_BYTES:
+            return None
+        return storage.read_bytes(final, zarr_arrays.MAX_METADATA_BYTES)
+    except StorageError:
         return None
-    return storage.read_bytes(final, zarr_arrays.MAX_METADATA_BYTES)
 
 
-def _unit_data(cache: Cache, receipt: Receipt, name: str, remedy: str) -> Iterator[Finding]:
+def _is_metadata(found: bytes, wanted: bytes, path: str) -> bool:
+    try:
+        zarr_arrays.check_metadata(found, wanted, path)
+    except DamageError:
+        return False
+    return True
+
+
+def _unit_data(cache: Cache, receipt: Receipt, name: str, remedy: str, has_list: bool) -> Iterator[Finding]:
     """File digests, chunk checksums, code CRCs, sample documents and view pixels."""
     view, shard = receipt.view, receipt.shard
-    yield from _caught(f"receipts/{name}.json", name, remedy, lambda: _check_images(cache, receipt))
+    if has_list:
+        yield from _caught(cache, f"receipts/{name}.json", name, remedy, lambda: _check_images(cache, receipt))
     for target in cache.manifest.targets:
         relative = array_folder(view, target.name)
-        yield from _caught(relative, name, remedy, partial(cache.read_codes, view, shard, target.name))
-    yield from _caught(f"views/{name}.tar", name, remedy, lambda: _check_views(cache, receipt))
+        yield from _caught(cache, relative, name, remedy, partial(cache.read_codes, view, shard, target.name))
+    yield from _caught(cache, f"views/{name}.tar", name, remedy, lambda: _check_views(cache, receipt))
 
 
 def _check_images(cache: Cache, receipt: Receipt) -> None:
@@ -169,12 +239,12 @@ def _unknown_files(cache: Cache, known: set[str]) -> Iterator[Finding]:
         for file in sorted([*files, *links]):
             path = (relative / file).as_posix()
             if path not in known and not _is_above_an_array(cache, path):
-                yield Finding(path, None, "does not belong to the cache", _unknown_remedy(path))
+                yield Finding(path, None, "does not belong to the cache", _unknown_remedy(cache, path))
 
 
-def _unknown_remedy(path: str) -> str:
+def _unknown_remedy(cache: Cache, path: str) -> str:
     if path.startswith(("views/", "targets.zarr/")):
-        return "left by a unit that was cut off, or foreign; running extract again replaces or keeps it, else remove it"
+        return f"left by a unit that was cut off, or foreign; {_repair(cache)}, which redoes the unit or says so"
     return "remove it"
 
 
@@ -182,17 +252,13 @@ def _is_above_an_array(cache: Cache, path: str) -> bool:
     """Whether it is the right zarr.json of a view index of which no unit is committed yet."""
     match path.split("/"):
         case ["targets.zarr", "zarr.json"]:
-            wanted = zarr_arrays.group_metadata()
-        case ["targets.zarr", view, "zarr.json"] if is_view(view):
-            wanted = zarr_arrays.group_metadata()
-        case ["targets.zarr", view, name, "zarr.json"] if is_view(view):
-            targets = [target for target in cache.manifest.targets if target.name == name]
-            if not targets:
-                return False
-            n_rows, _ = rows_of_view(cache.manifest, view)
-            wanted = zarr_arrays.array_metadata(targets[0], n_rows, cache.manifest.shard_size)
+            wanted: bytes | None = zarr_arrays.group_metadata()
+        case ["targets.zarr", view, *_, "zarr.json"] if is_view(view):
+            wanted = wanted_metadata(cache.manifest, view).get(path)
         case _:
-            return False
+            wanted = None
+    if wanted is None:
+        return False
     found = _metadata(cache, path)
     try:
         zarr_arrays.check_metadata(found or b"", wanted, path)
@@ -201,8 +267,14 @@ def _is_above_an_array(cache: Cache, path: str) -> bool:
     return True
 
 
-def _caught(path: str, unit: str | None, remedy: str, check: Callable[[], object]) -> Iterator[Finding]:
+def _caught(cache: Cache, path: str, unit: str | None, remedy: str, check: Callable[[], object]) -> Iterator[Finding]:
     try:
         check()
     except (DamageError, StorageError) as error:
-        yield Finding(path, unit, str(error), remedy)
+        yield Finding(path, unit, _problem(cache, path, error), remedy)
+
+
+def _problem(cache: Cache, path: str, error: Exception) -> str:
+    """What an error says, without the path and the remedy that stand beside it in a finding."""
+    said = str(error).replace(f"{cache.path}/", "").removeprefix(f"{path}: ")
+    return said.partition(f"; {_repair(cache)}")[0]

@@ -8,8 +8,11 @@ their names are still its own, takes the receipt back where they are not, and wr
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import logging
+import random
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -28,7 +31,10 @@ from proteus_cache.documents import MAX_DOCUMENT_BYTES
 from proteus_cache.errors import DamageError, FormatError, StorageError
 
 logger = logging.getLogger(__name__)
-_ATTEMPTS = 5
+_ATTEMPTS = 10
+_LOTS = random.SystemRandom()
+_NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.EINVAL)
+"""Errors that say that a file is missing, or is no plain file."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,14 +82,7 @@ def publish_arrays(layout: CacheLayout, manifest: Manifest, view: str) -> dict[s
     Raises:
         FormatError: one exists and describes something else; remove it and extract again.
     """
-    n_rows, _ = rows_of_view(manifest, view)
-    wanted = {
-        "targets.zarr/zarr.json": zarr_arrays.group_metadata(),
-        f"targets.zarr/{view}/zarr.json": zarr_arrays.group_metadata(),
-    }
-    for target in manifest.targets:
-        path = f"{array_folder(view, target.name)}/zarr.json"
-        wanted[path] = zarr_arrays.array_metadata(target, n_rows, manifest.shard_size)
+    wanted = wanted_metadata(manifest, view)
     for path, data in wanted.items():
         final = layout.resolve(path)
         if storage.size_of(final) is None:
@@ -96,6 +95,19 @@ def publish_arrays(layout: CacheLayout, manifest: Manifest, view: str) -> dict[s
     return {path: hashlib.sha256(data).hexdigest() for path, data in found.items()}
 
 
+def wanted_metadata(manifest: Manifest, view: str) -> dict[str, bytes]:
+    """Relative path to the bytes of every zarr.json above the arrays of one view index."""
+    n_rows, _ = rows_of_view(manifest, view)
+    wanted = {
+        "targets.zarr/zarr.json": zarr_arrays.group_metadata(),
+        f"targets.zarr/{view}/zarr.json": zarr_arrays.group_metadata(),
+    }
+    for target in manifest.targets:
+        path = f"{array_folder(view, target.name)}/zarr.json"
+        wanted[path] = zarr_arrays.array_metadata(target, n_rows, manifest.shard_size)
+    return wanted
+
+
 def rows_of_view(manifest: Manifest, view: str) -> tuple[int, int]:
     """(rows, shards) of one view index or of the probe."""
     if view == "probe":
@@ -104,19 +116,27 @@ def rows_of_view(manifest: Manifest, view: str) -> tuple[int, int]:
 
 
 def commit_unit(
-    layout: CacheLayout, manifest: Manifest, manifest_digest: str, zarr_digests: dict[str, str], unit: Unit
+    layout: CacheLayout,
+    manifest: Manifest,
+    manifest_digest: str,
+    zarr_digests: dict[str, str],
+    unit: Unit,
+    *,
+    replaces: str | None = None,
 ) -> Receipt:
     """Write all files of a unit and then its receipt; returns the receipt that holds afterwards.
 
-    A receipt that is already there is kept when its files are whole, and replaced by this unit otherwise.
+    A receipt that is already there is kept when its files are whole, and replaced by this unit otherwise. A receipt
+    whose bytes have the SHA-256 `replaces` is replaced in any case: it is known to be wrong.
 
     Raises:
         SpaceError, StorageError: as the disk says; nothing that was committed before is touched, and the
             temporary files of this unit are removed.
     """
     for attempt in range(1, _ATTEMPTS + 1):
+        began = time.monotonic()
         try:
-            receipt = _try_commit(layout, manifest, manifest_digest, zarr_digests, unit)
+            receipt = _try_commit(layout, manifest, manifest_digest, zarr_digests, unit, replaces)
         except StorageError as error:
             # The run that completes a cache empties tmp/: what vanished there is simply written again.
             if attempt == _ATTEMPTS or not isinstance(error.__cause__, FileNotFoundError):
@@ -124,6 +144,8 @@ def commit_unit(
             continue
         if receipt is not None:
             return receipt
+        # Writers that go on in step would replace each other's files for ever: they draw lots who is first.
+        time.sleep(_LOTS.uniform(0, attempt) * (time.monotonic() - began))
     raise StorageError(
         f"{layout.receipt(unit.view, unit.shard)}: other processes replaced the files of this unit {_ATTEMPTS} times; "
         "let fewer of them extract the same units, and run the same command again"
@@ -131,7 +153,12 @@ def commit_unit(
 
 
 def _try_commit(
-    layout: CacheLayout, manifest: Manifest, manifest_digest: str, zarr_digests: dict[str, str], unit: Unit
+    layout: CacheLayout,
+    manifest: Manifest,
+    manifest_digest: str,
+    zarr_digests: dict[str, str],
+    unit: Unit,
+    replaces: str | None,
 ) -> Receipt | None:
     """The receipt that holds now, this unit's or another writer's; None when another process got in between."""
     temporary: dict[str, Path] = {}
@@ -141,8 +168,9 @@ def _try_commit(
             temporary[relative], written = storage.write_durable(layout.temporary, Path(relative).name, chunks)
             files[relative] = FileRecord(size=written.size, sha256=written.sha256)
         receipt = _receipt(manifest, manifest_digest, zarr_digests, unit, files)
-        existing = _whole_receipt(layout, receipt)
+        existing = _whole_receipt(layout, receipt, replaces)
         if existing is not None:
+            storage.sync_folder(layout.receipt(unit.view, unit.shard).parent)  # its writer may have been cut off before
             return existing
         storage.remove(layout.receipt(unit.view, unit.shard))
         return receipt if _publish(layout, receipt, temporary) else None
@@ -170,13 +198,17 @@ def _publish(layout: CacheLayout, receipt: Receipt, temporary: dict[str, Path]) 
     return all(storage.inode_of(final) == inode for final, inode in ours.items())
 
 
-def _whole_receipt(layout: CacheLayout, wanted: Receipt) -> Receipt | None:
-    """The receipt of the same unit that is there, if all its files are what it says."""
+def _whole_receipt(layout: CacheLayout, wanted: Receipt, replaces: str | None) -> Receipt | None:
+    """The receipt of the same unit that is there, if all its files are what it says and it is not to be replaced."""
     path = layout.receipt(wanted.view, wanted.shard)
     if storage.size_of(path) is None:
         return None
     try:
-        found = Receipt.parse(storage.read_bytes(path, MAX_DOCUMENT_BYTES), str(path))
+        data = storage.read_bytes(path, MAX_DOCUMENT_BYTES)
+        if hashlib.sha256(data).hexdigest() == replaces:
+            logger.info("replaced receipt=%s reason=it is redone", path)
+            return None
+        found = Receipt.parse(data, str(path))
         of_this_unit = (found.manifest, found.view, found.shard) == (wanted.manifest, wanted.view, wanted.shard)
         if (
             of_this_unit
@@ -186,6 +218,9 @@ def _whole_receipt(layout: CacheLayout, wanted: Receipt) -> Receipt | None:
             return found
         logger.warning("replaced receipt=%s reason=its files are not what it says", path)
     except (DamageError, StorageError) as error:
+        # A disk that fails says nothing about what is on it, and what is committed stays then.
+        if isinstance(error, StorageError) and getattr(error.__cause__, "errno", None) not in _NOT_THERE:
+            raise
         logger.warning("replaced receipt=%s reason=%s", path, error)
     return None
 

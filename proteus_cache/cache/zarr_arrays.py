@@ -25,11 +25,17 @@ from zarr.codecs import Crc32cCodec, ZstdCodec
 from zarr.storage import MemoryStore
 
 from proteus_cache.cache.manifest import TargetRecord
+from proteus_cache.documents import canonical, strict_json
 from proteus_cache.errors import ChecksumError, FormatError
 
 _ZSTD_LEVEL = 1
 _EMPTY = np.uint64(2**64 - 1)
 MAX_METADATA_BYTES = 1 << 20
+OLD_METADATA = (".zarray", ".zgroup", ".zattrs", ".zmetadata")
+"""Of Zarr v2, where the name of a codec can mean running a pickle. No cache has them, and a general reader may prefer
+them to `zarr.json`, so they are refused wherever they lie."""
+_MOST_NAMED = 5
+_ANEW = "`proteus-cache repair` on the cache writes it anew"
 
 
 def group_metadata() -> bytes:
@@ -124,20 +130,17 @@ def check_metadata(found: bytes, wanted: bytes, what: str) -> None:
     """Compare a zarr.json with the one that the manifest asks for, of `array_metadata` or `group_metadata`.
 
     Raises:
-        FormatError: any field differs: another shape, type, codec or format version.
+        FormatError: not strict JSON, or any field differs: another shape, type, codec or format version.
     """
     expected = json.loads(wanted)
     try:
-        there = json.loads(found)
-    except ValueError as error:
-        raise FormatError(f"{what}: not valid JSON ({error}); remove it and run the same extract again") from error
-    if there != expected:
-        keys = {*there, *expected} if isinstance(there, dict) else set(expected)
-        differing = sorted(key for key in keys if not isinstance(there, dict) or there.get(key) != expected.get(key))
-        raise FormatError(
-            f"{what}: not the array or group of this cache (differs in {', '.join(differing)}); "
-            "remove it and run the same extract again"
-        )
+        there = strict_json(found, what)
+    except FormatError as error:
+        raise FormatError(f"{error}; {_ANEW}") from error
+    if canonical(there) != canonical(expected):  # 1, 1.0 and true are equal in Python, and three things to Zarr
+        differing = sorted(key for key in {*there, *expected} if there.get(key) != expected.get(key))
+        named = ", ".join(f"{key[:40]!a}" for key in differing[:_MOST_NAMED]) or "the type of a number"
+        raise FormatError(f"{what}: not the array or group of this cache (differs in {named}); {_ANEW}")
 
 
 def _read_index(data: bytes, shard_size: int, what: str) -> NDArray[np.uint64]:

@@ -22,6 +22,7 @@ from proteus_cache.cli.info import info_command
 from proteus_cache.cli.pack import pack_command
 from proteus_cache.cli.pipeline import pipeline_command
 from proteus_cache.cli.plan import plan_command
+from proteus_cache.cli.repair import repair_command
 from proteus_cache.cli.train import train_command
 from proteus_cache.cli.verify import verify_command
 
@@ -115,6 +116,7 @@ app.command("eval")(evaluate_command)
 app.command("pipeline")(pipeline_command)
 app.command("info")(info_command)
 app.command("verify")(verify_command)
+app.command("repair")(repair_command)
 app.command("fidelity")(fidelity_command)
 app.command("fetch")(fetch_command)
 

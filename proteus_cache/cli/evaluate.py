@@ -87,4 +87,4 @@ def evaluate_command(
             device=device,
             progress=update,
         )
-    terminal.result(as_json, report.to_json(), [report_table(report)])
+    terminal.result(as_json, report.to_json(), report_table(report).split("\n"))

@@ -12,7 +12,7 @@ from proteus_cache.cli import complete, ranks, settings, terminal
 if TYPE_CHECKING:
     from proteus_cache.extract.config import ExtractConfig
 
-_FIELDS = (
+FIELDS = (
     *("teacher", "weights", "images", "out", "views", "targets", "codec", "augment", "size", "view_format", "seed"),
     *(
         "calibration_images",
@@ -155,12 +155,12 @@ def extract_command(
 
     Example: proteus-cache extract --teacher dinov2_vitg14 --images imagenet/train
     """
-    given = settings.read_config(config, _FIELDS)
-    flags = {name: value for name, value in locals().items() if name in _FIELDS}
+    given = settings.read_config(config, FIELDS)
+    flags = {name: value for name, value in locals().items() if name in FIELDS}
     chosen = settings.merge(flags, given)
     n_processes = chosen.pop("gpus", None)
     ranks.check_asked(n_processes)
-    outcome = _run(_config(chosen), n_processes, plan_only)
+    outcome = _run(extract_config(chosen), n_processes, plan_only)
     terminal.result(as_json, outcome, _lines(outcome), _next_step(outcome))
 
 
@@ -170,7 +170,8 @@ def _usage(message: str) -> Exception:
     return UsageError(message)
 
 
-def _config(chosen: dict[str, Any]) -> ExtractConfig:
+def extract_config(chosen: dict[str, Any]) -> ExtractConfig:
+    """The settings of an extraction from flags and config file."""
     from proteus_cache.extract.config import ExtractConfig
 
     home = settings.home()

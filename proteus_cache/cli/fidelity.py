@@ -12,7 +12,7 @@ from proteus_cache.cli import complete, settings, terminal
 _MACHINE = "Machine"
 
 
-@terminal.command("nothing was written; to measure again", go_on=())
+@terminal.command("the store is as it was; to measure again", go_on=())
 def fidelity_command(
     path: Annotated[
         Path,

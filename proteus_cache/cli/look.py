@@ -49,11 +49,6 @@ def has_colour(stream: TextIO) -> bool:
     return is_live(stream) and not os.environ.get("NO_COLOR")
 
 
-def printable(text: str) -> str:
-    """`text` with control characters escaped: names of files may hold any."""
-    return "".join(char if char.isprintable() or char == "\n" else ascii(char)[1:-1] for char in text)
-
-
 def dressed(line: str, stream: TextIO) -> str:
     """A line of a plan or result as it is written to `stream`: label dim, next step bold, wrapped under its label."""
     if not is_live(stream):

@@ -60,8 +60,10 @@ def pack_command(
     )
     moved = f", {report.units_moved} units moved out of the cache" if report.units_moved else ""
     packed = f"pack {report.path}: {report.n_samples:,} views, {human_bytes(report.bytes)}{moved}"
-    next_step = train_on(summarise_pack(report.path))
-    terminal.result(as_json, report.to_json(), [packed, *report.step_lines()], next_step)
+    summary = summarise_pack(report.path)
+    pin = f"pin       sha256:{summary['pack_json_sha256']} (of pack.json; train --expect-id takes it)"
+    outcome = report.to_json() | {"pack_json_sha256": summary["pack_json_sha256"]}
+    terminal.result(as_json, outcome, [packed, *report.step_lines(), pin], train_on(summary))
 
 
 def _views(value: str | None, cache: Path) -> list[str] | None:

@@ -8,9 +8,7 @@ from typing import Any
 
 from proteus_cache import stores
 from proteus_cache.choices import unknown
-from proteus_cache.errors import ConfigError, UsageError
-
-_MAX_CONFIG_BYTES = 1 << 20
+from proteus_cache.errors import ConfigError, FormatError, UsageError
 
 
 def home() -> Path:
@@ -75,20 +73,15 @@ def read_config(path: Path | None, known: tuple[str, ...] | None = None) -> dict
     """
     if path is None:
         return {}
-    import yaml
+    from proteus_cache.yaml_text import MAX_BYTES, read_yaml
 
     try:
         with open(path, "rb") as file:
-            text = file.read(_MAX_CONFIG_BYTES + 1)
-        if len(text) > _MAX_CONFIG_BYTES:
-            raise ConfigError(f"{path}: larger than a config may be")
-        if b"&" in text and any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
-            raise ConfigError(f"{path}: YAML aliases are not accepted")
-        value = yaml.safe_load(text)
+            value = read_yaml(file.read(MAX_BYTES + 1), str(path))
     except OSError as error:
         raise ConfigError(f"{path}: cannot read the config: {error.strerror}; --config names a YAML file") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from error
+    except FormatError as error:
+        raise ConfigError(str(error)) from error
     if value is None:  # empty, or nothing but comments
         return {}
     if not isinstance(value, dict):

@@ -22,13 +22,13 @@ from typing import Annotated, Any, NoReturn, ParamSpec, Self, TypeAlias, TypeVar
 import typer
 
 from proteus_cache.cli import forget_interruption, look
-from proteus_cache.cli.look import printable as printable
 from proteus_cache.cli.progress import Update as Update
 from proteus_cache.cli.progress import phases as phases
 from proteus_cache.cli.progress import progress as progress
 from proteus_cache.cli.progress import say
 from proteus_cache.errors import ProteusCacheError, StorageError, UsageError
 from proteus_cache.next_steps import command_line
+from proteus_cache.text import printable
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -265,7 +265,7 @@ def result(as_json: bool, value: dict[str, Any], lines: Iterable[str], next_step
     Args:
         as_json: which of the two.
         value: the object.
-        lines: the lines.
+        lines: the lines; a line break in one, which can only come from a name, is escaped.
         next_step: what to do now, a command if it can be; the last line, which neither JSON nor `--quiet` have.
 
     Raises:
@@ -275,8 +275,7 @@ def result(as_json: bool, value: dict[str, Any], lines: Iterable[str], next_step
         text = json.dumps(value, sort_keys=True, allow_nan=False, default=str)
     else:
         advice = [f"next: {next_step}"] if next_step and not look.is_quiet() else []
-        said = [line for block in lines for line in block.split("\n")]
-        text = "\n".join(look.dressed(printable(line), sys.stdout) for line in [*said, *advice])
+        text = "\n".join(look.dressed(printable(line), sys.stdout) for line in [*lines, *advice])
     try:
         typer.echo(text)
     except OSError as error:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from proteus_cache.train.progress import Progress, Rates
 
 _FIELDS = (
-    *("student", "data", "out", "init", "epochs", "max_steps", "batch_size", "repeats", "lr", "seed"),
+    *("student", "data", "out", "expect_id", "init", "epochs", "max_steps", "batch_size", "repeats", "lr", "seed"),
     *("live", "teacher", "images", "size_px"),
     *("workers", "precision", "device", "compile", "checkpoint_every"),
 )
@@ -60,6 +60,10 @@ def train_command(
     ] = None,
     out: Annotated[
         Path | None, typer.Option(help="The run. Default: $PROTEUS_HOME/runs/STUDENT.", rich_help_panel=_WHAT)
+    ] = None,
+    expect_id: Annotated[
+        str | None,
+        typer.Option(help="SHA-256 of its pack.json, as `info` shows it; refuse another pack.", rich_help_panel=_WHAT),
     ] = None,
     epochs: Annotated[
         int | None, typer.Option(help="Epochs of the schedule. Default: 300.", rich_help_panel=_RECIPE)
@@ -269,6 +273,11 @@ def _run(chosen: dict[str, Any], gpus: Any, resume: bool, yes: bool, where: _Giv
     if not is_fresh:
         data = find_training_data(home, given_data)
         if data.cache is not None:
+            if chosen.get("expect_id") is not None:
+                raise UsageError(
+                    f"{data.cache}: --expect-id names a pack, and this cache would have to be packed first; run "
+                    "`proteus-cache pack` on it and give the pack with --data"
+                )
             if chosen.get("live"):
                 _check_teacher_of(data.cache, str(chosen["teacher"]))
             _pack_first(data.cache, data.pack, launched)

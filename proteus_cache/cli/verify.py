@@ -4,15 +4,22 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from proteus_cache.cli import complete, terminal
+from proteus_cache.cli import complete, settings, terminal
+from proteus_cache.errors import UsageError
 
 if TYPE_CHECKING:
+    from proteus_cache.cache.share import Share
     from proteus_cache.cache.verify import Finding
+    from proteus_cache.recompute.run import RecomputeReport
     from proteus_cache.stores import Kind
+
+_TEACHER = "With --recompute"
+_SUGGESTED = 64
+"""Views to compute again."""
 
 
 @terminal.command("verify changes nothing; to repeat it", go_on=())
@@ -24,6 +31,34 @@ def verify_command(
     read_data: Annotated[
         bool, typer.Option("--read-data", help="Read everything and check every digest and checksum.")
     ] = False,
+    read_data_subset: Annotated[
+        str | None,
+        typer.Option(metavar="N/T", help="Read the data of every T-th unit only, the N-th share; 1/7 to 7/7 read all."),
+    ] = None,
+    expect_id: Annotated[
+        str | None,
+        typer.Option(metavar="HEX", help="SHA-256 of a pack's pack.json, as `info` shows it; refuse another pack."),
+    ] = None,
+    recompute: Annotated[
+        int | None,
+        typer.Option(metavar="K", help="Run the teacher again on K random stored views and compare."),
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Of the choice of views. Default: a new one.", rich_help_panel=_TEACHER)
+    ] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(help="The teacher's weights, as for extract. Default: as there.", rich_help_panel=_TEACHER),
+    ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            help="cuda or cpu. Default: the best there is.", autocompletion=complete.devices, rich_help_panel=_TEACHER
+        ),
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Views in one forward. Default: 64 on GPUs, 16 else.", rich_help_panel=_TEACHER)
+    ] = None,
     as_json: terminal.Json = False,
     quiet: terminal.Quiet = False,
 ) -> None:
@@ -31,42 +66,155 @@ def verify_command(
 
     Example: proteus-cache verify proteus/caches/dinov2_vitg14 --read-data
     """
+    from proteus_cache.cache.share import Share
     from proteus_cache.report.summary import kind_of
 
+    share = Share.parse(read_data_subset) if read_data_subset is not None else None
+    if read_data and share is not None:
+        raise UsageError("--read-data reads everything: leave it or --read-data-subset out")
     kind = kind_of(path)
-    with terminal.progress("verify", "files" if kind == "run" else "units") as update:
-        findings = _verify(kind, path, read_data, update)
-    depth = "every digest and checksum" if read_data else "structure and sizes"
-    lines = [f"{finding.path}: {finding.problem}\n    {finding.remedy}" for finding in findings]
-    count = f"{len(findings):,} finding{'s' * (len(findings) != 1)}"
-    lines.append(f"{kind} {path}: {count if findings else f'whole; checked {depth}'}")
+    if kind == "run" and (share is not None or recompute is not None):
+        flag = "--read-data-subset" if share is not None else "--recompute"
+        raise UsageError(f"{flag}: {path} is a run, and has no units; check it with --read-data")
+    if expect_id is not None:
+        _check_pin(kind, path, expect_id)
+    _refuse_alone(recompute, {"seed": seed, "weights": weights, "device": device, "batch-size": batch_size})
+    with terminal.phases() as phase:
+        findings = _verify(kind, path, read_data, share, phase("verify", "files" if kind == "run" else "units"))
+        computed = (
+            _recompute(path, recompute, seed, weights, device, batch_size, phase) if recompute is not None else None
+        )
+    findings += computed.findings if computed is not None else []
+    step = _next_step(kind, path, findings, read_data, share, computed)
     outcome = {
         "path": str(path),
         "kind": kind,
         "read_data": read_data,
+        "read_data_subset": None if share is None else str(share),
+        "recompute": None if computed is None else computed.to_json(),
         "is_whole": not findings,
         "findings": [asdict(finding) for finding in findings],
+        "next": step,
     }
-    terminal.result(as_json, outcome, lines, None if read_data or findings else _deeper(path))
+    terminal.result(as_json, outcome, _lines(kind, path, findings, read_data, share, computed), step)
     if findings:
         raise typer.Exit(1)
 
 
-def _deeper(path: Path) -> str:
-    from proteus_cache.next_steps import command_line
+def _check_pin(kind: Kind, path: Path, expect_id: str) -> None:
+    """Refuse another pack before anything of it is read."""
+    from proteus_cache.pack.reader import open_pack
 
-    return command_line("verify", path, "--read-data")
+    if kind != "pack":
+        raise UsageError(f"--expect-id is of a pack, and {path} is a {kind}")
+    open_pack(path, expect_id=expect_id)
 
 
-def _verify(kind: Kind, path: Path, read_data: bool, update: terminal.Update) -> list[Finding]:
+def _refuse_alone(recompute: int | None, given: dict[str, Any]) -> None:
+    """Refuse options of --recompute without it, and numbers that cannot be."""
+    from proteus_cache.errors import ConfigError
+
+    for name, value in given.items():
+        if value is not None and recompute is None:
+            raise UsageError(f"--{name} goes with --recompute")
+    for name, value in {"recompute": recompute, "batch-size": given["batch-size"]}.items():
+        if value is not None and value < 1:
+            raise ConfigError(f"--{name} must be at least 1, got {value}")
+
+
+def _lines(
+    kind: Kind,
+    path: Path,
+    findings: list[Finding],
+    read_data: bool,
+    share: Share | None,
+    computed: RecomputeReport | None,
+) -> list[str]:
+    depth = "every digest and checksum" if read_data else "structure and sizes"
+    depth += f", and every digest and checksum of share {share}" if share is not None else ""
+    depth += f", and {computed.n_views:,} views against the teacher" if computed is not None else ""
+    lines = [line for f in findings for line in (f"{f.path}: {f.problem}", f"    {f.remedy}")]
+    lines += computed.lines() if computed is not None else []
+    count = f"{len(findings):,} finding{'s' * (len(findings) != 1)}"
+    return [*lines, f"{kind} {path}: {count if findings else f'whole; checked {depth}'}"]
+
+
+def _next_step(
+    kind: Kind,
+    path: Path,
+    findings: list[Finding],
+    read_data: bool,
+    share: Share | None,
+    computed: RecomputeReport | None,
+) -> str | None:
+    """The command to run next: a repair, a deeper check, or what follows a whole store."""
+    from proteus_cache.next_steps import after, command_line
+    from proteus_cache.report.summary import summarise
+
+    if findings:
+        wrong = {finding.unit for finding in computed.findings} if computed is not None and kind == "cache" else set()
+        named = [part for unit in sorted(filter(None, wrong)) for part in ("--unit", unit)]
+        return command_line("repair", path, *named)
+    if share is not None and share.number < share.of:
+        return command_line("verify", path, "--read-data-subset", share.next)
+    if not read_data and share is None and computed is None:
+        return command_line("verify", path, "--read-data")
+    summary = summarise(path)
+    if computed is None and kind != "run" and _finds_weights(summary["teacher"]):
+        return command_line("verify", path, "--recompute", _SUGGESTED)
+    return after(summary)
+
+
+def _finds_weights(teacher: dict[str, Any]) -> bool:
+    """Whether --recompute finds the weights without being told where they are."""
+    from proteus_cache.teachers.dinov2_models import DINOV2
+
+    return teacher["name"] in (*DINOV2, "demo") or str(teacher["weights_source"]).startswith("random:")
+
+
+def _verify(kind: Kind, path: Path, read_data: bool, share: Share | None, update: terminal.Update) -> list[Finding]:
+    if kind == "run":
+        from proteus_cache.train.verify import verify_run
+
+        return verify_run(path, read_data, update)
+    from proteus_cache.cache.layout import unit_number
+
     if kind == "cache":
-        from proteus_cache.cache.verify import verify_cache
+        from proteus_cache.cache.reader import open_cache
+        from proteus_cache.cache.verify import verify_cache as verify_store
 
-        return verify_cache(path, read_data, update)
-    if kind == "pack":
-        from proteus_cache.pack.verify import verify_pack
+        n_shards = open_cache(path).manifest.n_shards
+    else:
+        from proteus_cache.pack.reader import open_pack
+        from proteus_cache.pack.verify import verify_pack as verify_store
 
-        return verify_pack(path, read_data, update)
-    from proteus_cache.train.verify import verify_run
+        document = open_pack(path).document
+        n_shards = -(-document.n_images // document.shard_size)
+    if share is None:
+        return verify_store(path, read_data, update)
+    return verify_store(path, True, update, chosen=lambda view, shard: share.holds(unit_number(view, shard, n_shards)))
 
-    return verify_run(path, read_data, update)
+
+def _recompute(
+    path: Path,
+    n_views: int,
+    seed: int | None,
+    weights: str | None,
+    device: str | None,
+    batch_size: int | None,
+    phase: Any,  # of terminal.phases
+) -> RecomputeReport:
+    from proteus_cache.recompute.choice import fresh_seed
+    from proteus_cache.recompute.run import recompute
+
+    return recompute(
+        path,
+        n_views,
+        seed=fresh_seed() if seed is None else seed,
+        weights=weights,
+        home=settings.home(),
+        device=device,
+        batch_size=batch_size,
+        progress=lambda *counts: phase("recompute", "views")(*counts),
+        download_progress=lambda done, total: phase("teacher", "MB")(done / 1e6, (total or done) / 1e6),
+    )

@@ -11,16 +11,17 @@ from pathlib import Path
 from typing import Final
 
 import torch
-import yaml
 
-from proteus_cache import stores
-from proteus_cache.errors import FormatError, UsageError
+from proteus_cache import storage, stores
+from proteus_cache.errors import DamageError, FormatError, StorageError, UsageError
 from proteus_cache.next_steps import resume_training
 from proteus_cache.students.registry import build_student
 from proteus_cache.teachers.registry import load_teacher
 from proteus_cache.teachers.teacher import Teacher
 from proteus_cache.teachers.weights import read_metadata, state_digest
 from proteus_cache.train.run_folder import CONFIG, EMA, START, STUDENT
+from proteus_cache.train.tensors import check_tensors
+from proteus_cache.yaml_text import MAX_BYTES, read_yaml
 
 STUDENT_MODEL: Final = "student"
 EMA_MODEL: Final = "ema"
@@ -69,6 +70,8 @@ def load_run(run: Path, home: Path) -> RunModels:
     """
     _check_finished(run)
     raw, average = run / STUDENT, run / EMA
+    for file in (raw, average):
+        _check_whole(file, "run the same training with --resume, which writes it anew")
     metadata = read_metadata(raw)
     student = load_teacher("vit", weights=str(raw), home=home, size_px=None)
     models = {
@@ -97,13 +100,20 @@ def _check_finished(run: Path) -> None:
             raise UsageError(f"{run}: holds no {name} yet; finish the run first: " + resume_training(run))
 
 
+def _check_whole(weights: Path, remedy: str) -> None:
+    try:
+        check_tensors(weights)
+    except DamageError as error:
+        raise type(error)(f"{error}; {remedy}") from error
+
+
 def _recorded_teacher(config: Path) -> tuple[str, str]:
     """Name and weights digest of the teacher in a run's `config.yaml`."""
     try:
-        recorded = yaml.safe_load(config.read_text(encoding="utf-8"))
+        recorded = read_yaml(storage.read_bytes(config, MAX_BYTES), str(config))
         source = recorded["live"] if "live" in recorded else recorded["pack"]
         return str(source["teacher"]), str(source["teacher_weights_sha256"])
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError) as error:
+    except (FormatError, StorageError, KeyError, TypeError) as error:
         reason = " ".join(str(error).split())
         raise FormatError(
             f"{config}: does not say which pack or live teacher the run was trained on ({reason}); give a run's own "
@@ -115,6 +125,7 @@ def _start(run: Path, home: Path) -> Teacher:
     """The start weights that a run kept."""
     if not (run / START).is_file():
         raise UsageError(f"{run}: holds no {START}, the weights that it began with; bring that file back")
+    _check_whole(run / START, "bring the file back that the run began with")
     return load_teacher("vit", weights=str(run / START), home=home, size_px=None)
 
 

@@ -22,11 +22,13 @@ import torch
 from torch import Tensor
 
 from proteus_cache import tar
+from proteus_cache.cache.manifest import CanaryRecord
 from proteus_cache.calibration_tokens import MEMORY_SHARE, Room, TokenStore, enough_images, room_for, spread
 from proteus_cache.codecs.codec import largest_value
 from proteus_cache.codecs.names import wants_many_views
 from proteus_cache.devices import or_explain, use_device
 from proteus_cache.errors import BadImageError, ProteusCacheError
+from proteus_cache.extract.canary import record_canary
 from proteus_cache.extract.config import DEFAULT_SHARD_SIZE, ExtractConfig
 from proteus_cache.extract.listing import trained_rows
 from proteus_cache.extract.memory import smaller_batch
@@ -58,6 +60,8 @@ class Calibration:
     """Mean size of a view with its document in a tar, headers and padding included."""
     views_per_s: float
     """Of the teacher's forward on this device."""
+    canary: CanaryRecord
+    """Of fixed images, in the same precision on the same device."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,12 +108,13 @@ def calibrate(
             teacher.to(device, precision)
             try:
                 tokens, views_per_s = _first_tokens(config, teacher, pixels, codecs)
+                canary = _canary(config, teacher, tokens)
                 tokens |= _many_tokens(config, teacher, photographs, codecs, progress)
             except _NotUsableError as error:
                 why = str(error)
                 logger.warning("teacher=%s precision=%s: %s", teacher.identity.name, precision, why)
                 continue
-            return Calibration(tokens, precision, view_bytes, views_per_s)
+            return Calibration(tokens, precision, view_bytes, views_per_s, canary)
     finally:
         teacher.to("cpu", "fp32")
         if device.type == "cuda":
@@ -166,6 +171,13 @@ def _first_tokens(
     if not all(_are_usable(tokens[name], codec) for name, codec in codecs.items()):
         raise _NotUsableError("its outputs on the planning batch are not finite")
     return tokens, timed / max(seconds, 1e-9)
+
+
+def _canary(config: ExtractConfig, teacher: Teacher, tokens: dict[str, Tensor]) -> CanaryRecord:
+    canary = record_canary(teacher, tokens, _at_once(config))
+    if canary is None:
+        raise _NotUsableError("its outputs on the canary images are not finite")
+    return canary
 
 
 def _many_tokens(

@@ -89,3 +89,17 @@ def check_image_root(cache: Cache, root: Path, source: Path) -> None:
         raise UsageError(
             f"{source}: holds none of this cache's images (for example {first[0]}); give the folder that does"
         )
+    if source.is_file():
+        _check_labels(cache, source)
+
+
+def _check_labels(cache: Cache, source: Path) -> None:
+    """A list must give the cache's images the labels that they have there; what a folder is called cannot differ."""
+    table, listed = cache.image_table, list_images(source).table
+    labels = dict(zip(listed["path"].to_pylist(), listed["label"].to_pylist(), strict=True))
+    for path, label in zip(table["path"].to_pylist(), table["label"].to_pylist(), strict=True):
+        if labels.get(path, label) != label:
+            raise UsageError(
+                f"{source}: gives {path} the label {labels[path]}, and this cache has {label}; give the list that it "
+                "was made with, or give --out another folder"
+            )

@@ -18,7 +18,7 @@ DEFAULT_PROBE_IMAGES = 4096
 PROBE_FROM_IMAGES = 16384
 _PRECISIONS = ("fp32", "fp16", "bf16")
 _MOST = {
-    **{"views": 10_000, "seed": (1 << 63) - 1, "shard_size": 1 << 20, "batch_size": 1 << 20, "workers": 4096},
+    **{"views": 10_000, "seed": (1 << 63) - 1, "shard_size": 1 << 16, "batch_size": 1 << 20, "workers": 4096},
     "calibration_images": 1_000_000,
 }
 

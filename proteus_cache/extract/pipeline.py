@@ -26,11 +26,14 @@ from proteus_cache.cache.receipt import Moments, Quarantined
 from proteus_cache.cache.writer import StoredView, Unit, commit_unit, publish_arrays
 from proteus_cache.codecs.codec import Codec, largest_value
 from proteus_cache.devices import or_explain
-from proteus_cache.errors import ProteusCacheError
+from proteus_cache.errors import CanaryError, ProteusCacheError, SpaceError
+from proteus_cache.extract.canary import CANARY_EVERY, CanaryWatch, implausible
 from proteus_cache.extract.memory import smaller_batch
 from proteus_cache.extract.planning import PlannedCache
 from proteus_cache.extract.records import decoder_version
 from proteus_cache.extract.rendering import Job, Rendered, render_jobs
+from proteus_cache.extract.statistics import UnitStatistics
+from proteus_cache.next_steps import command_line
 from proteus_cache.teachers.teacher import Precision, Teacher
 from proteus_cache.views.encode import decode_view
 
@@ -52,42 +55,6 @@ class Progress:
     units_committed: int
 
 
-class _Statistics:
-    """Sums of one target over one unit, kept on the device until the unit ends."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._sums = torch.zeros(4, dtype=torch.float64, device=device)
-        self._on_host = torch.zeros(4, dtype=torch.float64, pin_memory=device.type == "cuda")
-        self._count = 0
-
-    def add(self, tokens: Tensor, widened: Tensor) -> None:
-        """
-        Args:
-            tokens: (B, *shape) before the codec.
-            widened: (B,) steps of their codes that an overflow widened.
-        """
-        self._sums[3] += widened.sum()
-        flat = tokens.reshape(-1)
-        self._sums[0] += flat.sum()
-        self._sums[1] += torch.dot(flat, flat)
-        self._sums[2] = torch.maximum(self._sums[2], flat.abs().amax())
-        self._count += flat.numel()
-
-    def fetch(self) -> None:
-        """Start the copy to the host, behind all that was added."""
-        self._on_host.copy_(self._sums, non_blocking=True)
-
-    def moments(self) -> Moments:
-        """What was fetched; only after the copy is known to be done. Waits for nothing that was queued later."""
-        total, squares, absmax, _ = self._on_host.tolist()
-        count = max(self._count, 1)
-        return Moments(mean=total / count, mean_square=squares / count, absmax=absmax)
-
-    def n_widened(self) -> int:
-        """Steps of codes that an overflow widened; only after the copy, likewise."""
-        return int(self._on_host[3])
-
-
 @dataclass(slots=True)
 class _OpenUnit:
     """A unit that is being filled."""
@@ -97,7 +64,7 @@ class _OpenUnit:
     rows: range
     codes: dict[str, Tensor]
     """Target name to (unit rows, code_bytes) uint8 on the host."""
-    statistics: dict[str, _Statistics]
+    statistics: dict[str, UnitStatistics]
     precision: Precision
     sources: dict[str, str]
     """Key to source digest, as earlier view indices have it."""
@@ -234,10 +201,16 @@ class _Pipeline:
         self.progress = progress
         self.names = [target.name for target in self.manifest.targets]
         self.made_with = _made_with(device)
+        self.canary = CanaryWatch(self.cache, self.teacher, self.codecs, batch_size)
+        self.unchecked: set[tuple[str, int]] = set()
+        """Units that went through the teacher since the batch last gave what it should."""
+        self.written: set[tuple[str, int]] = set()
+        """Units that the writing thread committed."""
         self.zarr = {
             view: publish_arrays(self.cache.layout, self.manifest, view) for view in dict.fromkeys(v for v, _ in units)
         }
         self.quarantine = QuarantineLimit(self.cache)
+        self.full_disk: SpaceError | None = None
         self.quarantine.look()
         self.views_all = sum(len(self.cache.rows(*unit)) for unit in units)
         self.views_done = self.bytes_written = self.committed = 0
@@ -257,6 +230,9 @@ class _Pipeline:
         writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="commit")
         try:
             self._run(rendered, writer)
+        except CanaryError as error:
+            writer.shutdown(cancel_futures=True)
+            raise CanaryError(f"{error}; {self._to_redo()}") from error
         except KeyboardInterrupt:
             writer.shutdown(wait=False, cancel_futures=True)  # the commit that is under way ends, none is begun
             raise
@@ -275,11 +251,37 @@ class _Pipeline:
             if batch.job.is_last:
                 self._submit(unit, buffers, writer)
                 unit = None
+                if len(self.unchecked) >= CANARY_EVERY:
+                    self._check_canary()
             self._reap(writer, wait=False)
             self.progress(Progress(self.views_done, self.views_all, self.bytes_written, self.committed))
         while self.writing:
             self._reap(writer, wait=True)
             self.progress(Progress(self.views_done, self.views_all, self.bytes_written, self.committed))
+        if self.unchecked:
+            self._check_canary()
+
+    def _check_canary(self) -> None:
+        """Run the canaries; what went through the teacher before is proved by them.
+
+        Raises:
+            CanaryError: they differ.
+        """
+        self.canary.repeat()
+        logger.info("canary held units=%d", len(self.unchecked))
+        self.unchecked.clear()
+
+    def _to_redo(self) -> str:
+        """What to do about the units that this process committed since the canaries last held."""
+        units = sorted(self.unchecked & self.written)
+        if not units:
+            return "this process committed no unit since the last good check; finished units are kept"
+        named = [part for view, shard in units for part in ("--unit", f"{view}/{shard_stem(shard)}")]
+        return (
+            f"{len(units)} unit{'s' * (len(units) != 1)} that this process committed since the last good check must be "
+            "redone on a machine that works, with the --images and --weights of this extract: "
+            f"{command_line('repair', self.cache.path, *named)}"
+        )
 
     def _take_buffers(self, writer: ThreadPoolExecutor) -> dict[str, Tensor]:
         while not self.free_buffers:
@@ -293,7 +295,7 @@ class _Pipeline:
             shard=job.shard,
             rows=rows,
             codes={name: buffer[: len(rows)] for name, buffer in buffers.items()},
-            statistics={name: _Statistics(self.device) for name in self.names},
+            statistics={name: UnitStatistics(self.device) for name in self.names},
             precision=self.precision,
             sources=self._known_sources(job.view, job.shard),
         )
@@ -345,7 +347,7 @@ class _Pipeline:
 
     def _encode(self, unit: _OpenUnit, pixels: Tensor, local_rows: list[int]) -> None:
         or_explain(
-            lambda: self._encode_at_once(unit, pixels, local_rows),
+            lambda: self._encode_at_once(unit, pixels.to(self.device, non_blocking=True), local_rows),
             len(pixels),
             lambda n: self._codes(pixels[:n]),
             smaller_batch(len(pixels)),
@@ -359,9 +361,10 @@ class _Pipeline:
 
     def _encode_at_once(self, unit: _OpenUnit, pixels: Tensor, local_rows: list[int]) -> None:
         with torch.inference_mode():
+            is_plain = (pixels == pixels[:, :1, :1]).flatten(1).all(dim=1)
             for name, tokens in self.teacher.targets(pixels, self.names).items():
                 codes = self.codecs[name].encode(tokens)
-                unit.statistics[name].add(tokens, self.codecs[name].widened(codes))
+                unit.statistics[name].add(tokens, self.codecs[name].widened(codes), is_plain)
                 for start, end, first_row in _runs(local_rows):
                     into = unit.codes[name][first_row : first_row + end - start]
                     into.copy_(codes[start:end], non_blocking=True)
@@ -372,6 +375,7 @@ class _Pipeline:
         if self.device.type == "cuda":
             unit.done = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch leaves it untyped
             unit.done.record(torch.cuda.current_stream(self.device))
+        self.unchecked.add((unit.view, unit.shard))
         self.writing.append((unit, buffers, writer.submit(self._commit, unit)))
 
     def _reap(self, writer: ThreadPoolExecutor, wait: bool) -> None:
@@ -395,6 +399,7 @@ class _Pipeline:
         moments = {name: statistics.moments() for name, statistics in unit.statistics.items()}
         if not self._are_usable(moments):
             return None
+        self._check_plausible(unit, moments)
         ready = Unit(
             view=unit.view,
             shard=unit.shard,
@@ -408,7 +413,21 @@ class _Pipeline:
             precision=unit.precision,
             made_with=self.made_with,
         )
-        receipt = commit_unit(self.cache.layout, self.manifest, self.cache.manifest_digest, self.zarr[unit.view], ready)
+        if self.full_disk is not None:
+            raise self.full_disk
+        try:
+            receipt = commit_unit(
+                self.cache.layout,
+                self.manifest,
+                self.cache.manifest_digest,
+                self.zarr[unit.view],
+                ready,
+                replaces=self.cache.disbelieved.get((unit.view, unit.shard)),
+            )
+        except SpaceError as error:
+            self.full_disk = error  # it stays full for this process: no unit that waits is tried
+            raise
+        self.written.add((unit.view, unit.shard))
         self.bytes_written += sum(file.size for file in receipt.files.values())
         logger.info("committed unit=%s/%s views=%d", unit.view, shard_stem(unit.shard), len(unit.views))
         return ready
@@ -421,6 +440,25 @@ class _Pipeline:
                 return False
         return True
 
+    def _check_plausible(self, unit: _OpenUnit, moments: dict[str, Moments]) -> None:
+        """Refuse finite numbers that a working device does not give.
+
+        Raises:
+            CanaryError: the same for everything, or of another size than the teacher's.
+        """
+        has_several = len({view.digest for view in unit.views}) > 1
+        for name, statistics in unit.statistics.items():
+            n_constant, why = statistics.n_constant(), implausible(self.manifest, name, moments[name].mean_square)
+            if n_constant:
+                why = f"{n_constant} of its views have the same numbers in every token of target {name}"
+            elif has_several and statistics.all_views_are_equal():
+                why = f"all its views have the same numbers in target {name}"
+            if why and unit.views:
+                raise CanaryError(
+                    f"{self.cache.path}: unit {unit.view}/{shard_stem(unit.shard)}: {why}; the teacher or the device "
+                    f"{self.made_with['device']} does not work: it was not committed"
+                )
+
     def _redo(self, unit: _OpenUnit) -> None:
         """Run a unit again in fp32, from the bytes of its views."""
         name = f"{unit.view}/{shard_stem(unit.shard)}"
@@ -431,7 +469,7 @@ class _Pipeline:
             )
         logger.warning("unit=%s is not finite in precision=%s, redone in fp32", name, unit.precision)
         unit.precision = "fp32"
-        unit.statistics = {target: _Statistics(self.device) for target in self.names}
+        unit.statistics = {target: UnitStatistics(self.device) for target in self.names}
         self.teacher.to(self.device, "fp32")
         side_px = self.manifest.views.size_px
         n_at_once = min(_REDONE_AT_ONCE, self.batch_size)

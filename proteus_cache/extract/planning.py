@@ -114,7 +114,7 @@ def plan_cache(
         except StorageError:
             if not is_cache(layout.root):  # else another process made the whole cache meanwhile and emptied tmp/
                 raise
-    _finish_plan(layout)
+    finish_plan(layout)
     cache = open_cache(layout.root)
     check_settings(config, cache.manifest)
     check_weights(config, cache.manifest, teacher)
@@ -197,7 +197,7 @@ def _publish_plan(
     _refuse_what_cannot_fit(config, teacher, table, spec, codec_names)
     calibration = calibrate(config, teacher, photographs, codec_names, calibration_progress)
     codecs = _fit(config, calibration, codec_names)
-    list_bytes = _parquet(table)
+    list_bytes = parquet_bytes(table)
     plan_files = {f"{hashlib.sha256(list_bytes).hexdigest()}.parquet": list_bytes}
     for fitted in codecs.values():
         blob = fitted.parameters_blob()
@@ -220,6 +220,7 @@ def _publish_plan(
         ],
         shard_size=shard_size,
         libraries=libraries(),
+        canary=calibration.canary,
         licences={
             "teacher": teacher.identity.licence,
             "images": "as granted to whoever extracts; views show them and may not be shared further than they may",
@@ -229,11 +230,7 @@ def _publish_plan(
     if announce is not None:
         announce(plan)
     plan.check()
-    storage.make_folder(layout.temporary, layout.root)
-    for name, data in plan_files.items():
-        _place_plan_file(layout, name, data)
-    temp, _ = storage.write_durable(layout.temporary, "manifest.json", manifest.sealed)
-    won = storage.publish_once(temp, layout.manifest)
+    won = publish_plan(layout, plan_files, manifest)
     logger.info(
         "planned cache=%s images=%d seconds=%.1f%s",
         layout.root,
@@ -372,34 +369,55 @@ def size_plan(
     )
 
 
+def publish_plan(layout: CacheLayout, plan_files: dict[str, bytes], manifest: Manifest) -> bool:
+    """Make a planned cache exist: its plan files first, by digest and suffix, and its manifest last.
+
+    Returns:
+        False where another process has published a manifest first.
+    """
+    storage.make_folder(layout.temporary, layout.root)
+    for name, data in plan_files.items():
+        _place_plan_file(layout, name, data)
+    temp, _ = storage.write_durable(layout.temporary, "manifest.json", manifest.sealed)
+    return storage.publish_once(temp, layout.manifest)
+
+
 def _place_plan_file(layout: CacheLayout, name: str, data: bytes) -> None:
     final = layout.temporary / f"plan-{name}"
     if storage.size_of(final) is None:
         storage.write_whole(final, lambda: data, layout.temporary)
+    else:
+        storage.sync_folder(layout.temporary)  # whoever wrote it may have been cut off before that
 
 
-def _finish_plan(layout: CacheLayout) -> None:
+def finish_plan(layout: CacheLayout) -> None:
     """Move the plan files that the manifest names to their places; done by every start, any of which may be cut.
 
     What is left of other plans goes: no other manifest can be published any more, and whoever still tries reads this.
+    Names that are there are synced, too: whoever made them may have been cut off before that.
     """
     manifest = open_cache(layout.root).manifest
+    storage.sync_folder(layout.root)  # the manifest before all that follows from it
     moves = {f"plan-{manifest.images.sha256}.parquet": layout.images}
     for target in manifest.targets:
         if target.codec.parameters is not None:
             moves[f"plan-{target.codec.parameters}.safetensors"] = layout.parameters(target.codec.parameters)
     for name, final in moves.items():
-        if storage.size_of(final) is not None:
-            continue
         storage.make_folder(final.parent, layout.root)
+        if storage.size_of(final) is not None:
+            storage.sync_folder(final.parent)
+            continue
         if storage.size_of(layout.temporary / name) is None and storage.size_of(final) is None:
             raise FormatError(
-                f"{final}: missing, and no copy is left of it; copy it back, or extract into a new folder"
+                f"{final}: missing, and no copy is left of it; run `{stores.repair_command(layout.root)}`"
             )
-        with suppress(ProteusCacheError):  # another process may have moved it in this moment
+        try:
             storage.publish(layout.temporary / name, final)
-        if storage.size_of(final) is None:
-            raise FormatError(f"{final}: missing; run the same command again")
+        except StorageError as error:
+            if not isinstance(error.__cause__, FileNotFoundError):
+                raise
+            if storage.size_of(final) is None:  # else another process moved it in this moment
+                raise FormatError(f"{final}: missing; run the same command again") from error
     storage.make_folder(layout.temporary, layout.root)
     for name in storage.list_folder(layout.temporary):
         if _PLAN_FILE.fullmatch(name):
@@ -407,7 +425,8 @@ def _finish_plan(layout: CacheLayout) -> None:
                 storage.remove(layout.temporary / name)
 
 
-def _parquet(table: pa.Table) -> bytes:
+def parquet_bytes(table: pa.Table) -> bytes:
+    """The bytes of `images.parquet`; equal for equal lists, written by one version of pyarrow."""
     buffer = io.BytesIO()
     pq.write_table(table, buffer, compression="zstd", write_statistics=False)
     return buffer.getvalue()

@@ -67,7 +67,9 @@ def teacher_record(teacher: Teacher, precision: Precision) -> TeacherRecord:
 
 def decoder_version() -> str:
     """The library that turns stored bytes into pixels here."""
-    return f"Pillow {PIL.__version__}, libjpeg-turbo {features.version('jpg')}"
+    turbo = features.version("libjpeg_turbo")
+    jpeg = f"libjpeg-turbo {turbo}" if turbo else f"libjpeg {features.version('jpg')}"
+    return f"Pillow {PIL.__version__}, {jpeg}"
 
 
 def libraries() -> dict[str, str]:

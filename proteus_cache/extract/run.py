@@ -6,12 +6,11 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from proteus_cache import storage
-from proteus_cache.cache.layout import PROBE, view_name
+from proteus_cache.cache.layout import PROBE, unit_number, view_name
 from proteus_cache.cache.reader import Cache
 from proteus_cache.devices import gpu_name, use_device
 from proteus_cache.extract.config import DEFAULT_VIEWS, ExtractConfig
@@ -109,25 +108,48 @@ def extract(
     started = time.monotonic()
     cache = planned.cache
     views = wanted_views(config, cache)
-    device = use_device(config.device)
-    todo = [unit for unit in units_to_do(cache, views) if _number(cache, unit) % worker.count == worker.index]
-    cores = usable_cores()
-    committed = extract_units(
-        planned,
-        todo,
-        device=device,
-        precision=_precision(config, planned, device),
-        batch_size=config.batch_size or default_batch(device),
-        workers=config.workers if config.workers is not None else default_workers(cores, worker.count),
-        progress=progress,
-    )
+    for view in cache.views():  # what is not done again must last: its writer may have been cut off before the sync
+        storage.sync_folder(cache.layout.receipt(view, 0).parent)
+    n_shards = cache.manifest.n_shards
+    todo = [unit for unit in units_to_do(cache, views) if unit_number(*unit, n_shards) % worker.count == worker.index]
+    committed = _extract_units(config, planned, todo, worker.count, progress)
     left = units_to_do(cache, views)
     if not left:
-        _empty(cache.layout.temporary)
+        empty_temporary(cache)
     return ExtractResult(
         units_committed=committed,
         units_left=len(left),
         seconds=time.monotonic() - started,
+    )
+
+
+def redo_units(
+    config: ExtractConfig, planned: PlannedCache, units: list[tuple[str, int]], progress: Callable[[Progress], None]
+) -> int:
+    """Extract these units of a cache, and replace the receipts that its `disbelieved` names; returns how many.
+
+    Raises:
+        ProteusCacheError: as `extract_units`; a unit keeps what it has until its replacement is written.
+    """
+    return _extract_units(config, planned, units, 1, progress)
+
+
+def _extract_units(
+    config: ExtractConfig,
+    planned: PlannedCache,
+    units: list[tuple[str, int]],
+    n_processes: int,
+    progress: Callable[[Progress], None],
+) -> int:
+    device = use_device(config.device)
+    return extract_units(
+        planned,
+        units,
+        device=device,
+        precision=_precision(config, planned, device),
+        batch_size=config.batch_size or default_batch(device),
+        workers=config.workers if config.workers is not None else default_workers(usable_cores(), n_processes),
+        progress=progress,
     )
 
 
@@ -136,20 +158,15 @@ def default_batch(device: torch.device) -> int:
     return 64 if device.type == "cuda" else 16
 
 
-def _number(cache: Cache, unit: tuple[str, int]) -> int:
-    """A number for every unit that does not depend on which are done."""
-    view, shard = unit
-    return shard if view == PROBE else int(view[1:]) * cache.manifest.n_shards + shard
-
-
 def _precision(config: ExtractConfig, planned: PlannedCache, device: torch.device) -> Precision:
     if config.precision is not None:
         return config.precision  # type: ignore[return-value]  # checked by ExtractConfig
     return planned.cache.manifest.teacher.precision if device.type == "cuda" else "fp32"
 
 
-def _empty(folder: Path) -> None:
-    """Remove what killed runs left unfinished."""
+def empty_temporary(cache: Cache) -> None:
+    """Remove what killed runs left unfinished in `tmp/`; for the run that ends with every unit committed."""
+    folder = cache.layout.temporary
     for name in storage.list_folder(folder):
         storage.discard(folder / name)
         logger.info("removed unfinished file=%s", name)

@@ -7,6 +7,7 @@ Threads do the units: reading, hashing and writing leave the interpreter free. E
 from __future__ import annotations
 
 import logging
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -16,7 +17,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from proteus_cache import storage
+from proteus_cache import storage, stores
 from proteus_cache.cache.layout import PROBE, is_view, view_index
 from proteus_cache.cache.reader import Cache
 from proteus_cache.cache.receipt import FileRecord
@@ -108,11 +109,13 @@ def run_pack(plan: PackPlan, *, workers: int = 1, progress: Progress | None = No
         UsageError: the cache changed since it was planned.
     """
     if plan.finished is not None:
+        storage.sync_folder(plan.out)  # whoever wrote pack.json may have been cut off before that
         return _only_move(plan, plan.finished, progress)
+    stores.refuse_links(plan.out / name for name in ("tmp", "codec", *plan.views))
     storage.make_folder(plan.out / "tmp", plan.out)
+    _write(plan.out, plan_path(plan.out), [plan.document.sealed()])  # by which the next start knows what is here
     for view in plan.views:
         storage.make_folder(plan.out / view, plan.out)
-    _write(plan.out, plan_path(plan.out), [plan.document.sealed()])
     _write_parameters(plan)
     outcomes = _all_units(plan, workers, progress)
     document = _finish(plan, outcomes)
@@ -159,12 +162,26 @@ def _all_units(plan: PackPlan, workers: int, progress: Progress | None) -> dict[
     """Pack all units, `workers` at a time; the first failure stops the rest."""
     outcomes: dict[tuple[str, int], _Outcome] = {}
     n_bytes = 0
+    has_failed = threading.Event()
+
+    def one_unit(view: str, shard: int) -> _Outcome | None:
+        if has_failed.is_set():  # its thread is faster than whoever waits for the failure
+            return None
+        try:
+            return _one_unit(plan, view, shard)
+        except BaseException:
+            has_failed.set()
+            raise
+
     assert plan.cache.image_table.num_rows  # read before the threads ask for it
     with ThreadPoolExecutor(workers, thread_name_prefix="pack") as threads:
-        running = {threads.submit(_one_unit, plan, view, shard): (view, shard) for view, shard in _units(plan)}
+        running = {threads.submit(one_unit, view, shard): (view, shard) for view, shard in _units(plan)}
         try:
             for future in as_completed(running):
-                outcome = outcomes[running[future]] = future.result()
+                outcome = future.result()
+                if outcome is None:
+                    continue
+                outcomes[running[future]] = outcome
                 n_bytes += 0 if outcome.kept else outcome.tar.size
                 if progress is not None:
                     progress(len(outcomes), len(running), n_bytes)
@@ -192,10 +209,12 @@ def _one_unit(plan: PackPlan, view: str, shard: int) -> _Outcome:
 
 def _only_move(plan: PackPlan, pack: PackDocument, progress: Progress | None) -> PackReport:
     """The pack is there: check its sizes, and remove the cache's copies where asked to."""
-    findings = verify_pack(plan.out, read_data=False)
+    proven = _read_parameters_back(plan.out, pack)
+    findings = [finding for finding in verify_pack(plan.out, read_data=False) if plan.out / finding.path not in proven]
     if findings:
         first = findings[0]
         raise FormatError(f"{plan.out / first.path}: {first.problem}; {first.remedy}")
+    storage.sync_folder(plan.out)  # whoever wrote pack.json may have been cut off before that
     storage.discard(plan.out / "tmp")
     moved = n_bytes = 0
     for done, (view, shard) in enumerate(_units(plan) if plan.move else []):
@@ -206,6 +225,25 @@ def _only_move(plan: PackPlan, pack: PackDocument, progress: Progress | None) ->
         if progress is not None:
             progress(done + 1, plan.n_units, n_bytes)
     return _report(plan, pack, written=0, moved=moved)
+
+
+def _read_parameters_back(out: Path, pack: PackDocument) -> set[Path]:
+    """Have the disk give the codec parameters, as it must give every tar, before a cache's copy goes.
+
+    Returns:
+        Their files, which are right.
+
+    Raises:
+        StorageError: the disk does not give one.
+    """
+    proven = set()
+    for target in pack.targets:
+        if (digest := target.codec.parameters) is None:
+            continue
+        path = out / "codec" / f"{digest}.safetensors"
+        if storage.size_of(path) is not None and storage.sha256_of(path, from_disk=True)[1] == digest:
+            proven.add(path)
+    return proven
 
 
 def _is_cached(cache: Cache, view: str, shard: int) -> bool:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import mmap
 import os
+import stat
 import struct
+from collections.abc import Sequence
 from pathlib import Path
 
 import google_crc32c
@@ -16,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from proteus_cache.errors import ChecksumError, FormatError, StorageError
-from proteus_cache.tar import BLOCK
+from proteus_cache.tar import BLOCK, END
 
 RECORD_BYTES = 64
 RECORD = np.dtype(
@@ -116,6 +118,32 @@ class Index:
         self._check(records, numbers)
         return records
 
+    def check_places(self, tar_sizes: Sequence[int]) -> None:
+        """Check that the records describe the tars from end to end: nothing between, before, behind or twice.
+
+        Args:
+            tar_sizes: bytes of each tar, as pack.json says.
+
+        Raises:
+            FormatError: they do not.
+        """
+        records = self._records
+        order = np.diff(records["tar"].astype(np.int64))
+        begins = np.flatnonzero(np.concatenate(([1], order)))[: self.n_records]
+        ends = np.append(begins[1:] - 1, self.n_records - 1)[: len(begins)]
+        sizes = np.full(self._n_tars, len(END), dtype=np.uint64)
+        if (order < 0).any() or (self.n_records and int(records["tar"][-1]) >= self._n_tars):
+            raise FormatError(f"{self.path}: its records are not in the order of the tars; {REMEDY}")
+        if (np.diff(records["row"].astype(np.int64)) <= 0).any():
+            raise FormatError(f"{self.path}: its records are not in the order of the images; {REMEDY}")
+        after = _next_data(records["json_offset"], records["json_size"])
+        follows = after[:-1] == records["codes_offset"][1:]
+        if not (follows | (order > 0)).all() or not (records["codes_offset"][begins] == BLOCK).all():
+            raise FormatError(f"{self.path}: its records leave out parts of a tar, or name them twice; {REMEDY}")
+        sizes[records["tar"][ends]] = after[ends] - np.uint64(BLOCK) + np.uint64(len(END))
+        if sizes.tolist() != list(tar_sizes):
+            raise FormatError(f"{self.path}: its tars are not as long as pack.json says; {REMEDY}")
+
     def rows(self, first: int, end: int) -> NDArray[np.int64]:
         """Image rows of records `first` to `end` - 1; unlike `read`, for a file that was proved as a whole."""
         rows: NDArray[np.int64] = self._records["row"][first:end].astype(np.int64)
@@ -136,7 +164,7 @@ class Index:
             raise FormatError(f"{self.path}: record {numbers[int(np.argmin(good))]} has impossible numbers; {REMEDY}")
 
 
-REMEDY = "remove this pack and run `proteus-cache pack` again"
+REMEDY = "`proteus-cache repair` on this pack packs anew what is damaged"
 
 
 def _next_data(offset: NDArray[np.uint64], size: NDArray[np.uint32]) -> NDArray[np.uint64]:
@@ -148,10 +176,11 @@ def _next_data(offset: NDArray[np.uint64], size: NDArray[np.uint32]) -> NDArray[
 def _map(path: Path, expected: int) -> mmap.mmap:
     """The file as a read-only map of exactly `expected` bytes."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
         try:
-            size = os.fstat(descriptor).st_size
-            if size != expected:
+            status = os.fstat(descriptor)
+            size = status.st_size
+            if not stat.S_ISREG(status.st_mode) or size != expected:
                 raise FormatError(f"{path}: {size:,} bytes instead of {expected:,}; {REMEDY}")
             return mmap.mmap(descriptor, size, prot=mmap.PROT_READ)
         finally:

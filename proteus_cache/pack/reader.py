@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import hashlib
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
@@ -22,6 +23,7 @@ from proteus_cache.errors import ChecksumError, DamageError, FormatError, UsageE
 from proteus_cache.pack.document import PackDocument, PackTarget
 from proteus_cache.pack.index import NO_LABEL, REMEDY
 from proteus_cache.pack.order import SequentialOrder, TrainingOrder, records_of_tars
+from proteus_cache.pack.pin import check_pin, parse_pin
 from proteus_cache.pack.samples import PackLayout, Part, SampleReader
 
 if TYPE_CHECKING:
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from proteus_cache.pack.batches import DecodedBatch
 
 _MAX_BLOB_BYTES = 1 << 30
+_KEY = re.compile(r"[a-z0-9_]{1,64}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,28 +56,38 @@ def is_pack(path: Path) -> bool:
     return path.is_dir() and storage.size_of(path / "pack.json") is not None
 
 
-def open_pack(path: str | Path) -> Pack:
+def open_pack(path: str | Path, *, expect_id: str | None = None) -> Pack:
     """Open a pack for reading.
 
+    Args:
+        path: the pack's folder.
+        expect_id: SHA-256 of its pack.json, with or without `sha256:` before it; None takes any pack.
+
     Raises:
-        UsageError: there is no pack at `path`; says what is there.
-        DamageError: its pack.json is damaged.
+        UsageError: there is no pack at `path`; says what is there. Or `expect_id` is no SHA-256.
+        DamageError: its pack.json is damaged, or not the expected one.
     """
+    expected = None if expect_id is None else parse_pin(expect_id)
     root = Path(path).absolute()
     if not is_pack(root):
         raise UsageError(stores.wrong_folder(root, "pack"))
     data = storage.read_bytes(root / "pack.json", MAX_DOCUMENT_BYTES)
-    return Pack(root, PackDocument.parse(data, str(root / "pack.json")), digest_of(data))
+    file_sha256 = hashlib.sha256(data).hexdigest()
+    if expected is not None:
+        check_pin(root, file_sha256, expected)
+    return Pack(root, PackDocument.parse(data, str(root / "pack.json")), digest_of(data), file_sha256)
 
 
 class Pack:
     """An opened pack. `len()` counts stored views (by view index, then row); the probe never counts."""
 
-    def __init__(self, root: Path, document: PackDocument, digest: str) -> None:
+    def __init__(self, root: Path, document: PackDocument, digest: str, file_sha256: str) -> None:
         self.path = root
         self.document = document
         self.digest = digest
-        """Of pack.json: the identity of the pack."""
+        """Of what pack.json says, as it says itself at its end: the identity of the pack."""
+        self.file_sha256 = file_sha256
+        """Of the bytes of pack.json, as `sha256sum` prints it: what `expect_id` names."""
         self.check_index = cache(self._check_index)
         """Compare the index of a view index with its recorded SHA-256, once."""
         self._codecs_on = cache(self._load_codecs)
@@ -293,7 +306,8 @@ class Pack:
         what = f"{self.path}/{view}: the document of record {number}"
         document = parse_sealed(self._reader.read_json(view, number), what)
         key, stated = document.get("key"), document.get("label")
-        if not isinstance(key, str) or document.get("view") != view or stated != (None if label == NO_LABEL else label):
+        belongs = document.get("view") == view and stated == (None if label == NO_LABEL else label)
+        if not belongs or not isinstance(key, str) or _KEY.fullmatch(key) is None:
             raise FormatError(f"{what} belongs to another sample; {REMEDY}")
         targets = {name: tokens[0].numpy() for name, tokens in self.decode(torch.from_numpy(codes)).items()}
         return PackSample(key, stated, view_index(view), pixels[0], targets)
@@ -323,6 +337,7 @@ class Pack:
             raise DamageError(f"{path}: missing; {REMEDY}")
         if storage.sha256_of(path) != (recorded.size, recorded.sha256):
             raise ChecksumError(f"{path}: is not the index that pack.json names; {REMEDY}")
+        self._reader.index(view).check_places([tar.size for tar in self.document.packed[view].tars])
 
     def _load_codecs(self, device: str | torch.device) -> dict[str, Codec]:
         from proteus_cache.codecs import load_codec
@@ -341,6 +356,8 @@ class Pack:
         if target.codec.parameters is None:
             return None
         path = self.path / "codec" / f"{target.codec.parameters}.safetensors"
+        if storage.size_of(path) is None:
+            raise FormatError(f"{path}: missing, or no plain file; {REMEDY}")
         data = storage.read_bytes(path, _MAX_BLOB_BYTES)
         if hashlib.sha256(data).hexdigest() != target.codec.parameters:
             raise ChecksumError(f"{path}: damaged (SHA-256 differs from its name); {REMEDY}")

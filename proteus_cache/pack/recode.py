@@ -201,6 +201,30 @@ def plan_recodings(
     return recodings
 
 
+def recodings_of_pack(
+    cache: Cache, targets: Sequence[PackTarget], blobs: Mapping[str, bytes | None]
+) -> list[Recoding]:
+    """What became of each target of a pack that is there.
+
+    Args:
+        cache: that it was made from.
+        targets: of the pack.
+        blobs: target name to the parameters of the pack's codec.
+
+    Raises:
+        DamageError: the cache's own parameters are damaged.
+    """
+    recodings = []
+    for target in targets:
+        held, blob, shape = cache.target(target.name), blobs[target.name], tuple(target.shape)
+        if held.codec == target.codec:
+            recodings.append(Recoding(target, blob, None, None))
+        else:
+            decoder = load_codec(held.codec, shape, cache.parameters_blob(held))
+            recodings.append(Recoding(target, blob, decoder, load_codec(target.codec, shape, blob)))
+    return recodings
+
+
 def _refuse_left_out(cache: Cache, target: TargetRecord, codec: str) -> None:
     """What `klt` has dropped is in no code, and another codec would teach its mean instead of leaving it out."""
     if codec != target.codec.name and parse_codec(target.codec.name).family == "klt":

@@ -7,6 +7,7 @@ checked before either is used. Needs numpy and nothing of torch, so reader proce
 from __future__ import annotations
 
 import os
+import stat
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from proteus_cache.cache.layout import shard_stem, view_index
 from proteus_cache.errors import ChecksumError, FormatError, StorageError, at
 from proteus_cache.pack.index import REMEDY, Index, Records, crc32c
 from proteus_cache.tar import BLOCK
-from proteus_cache.views.encode import decode_view
+from proteus_cache.views.encode import decode_view, most_view_bytes
 
 _OPEN_TARS = 64
 
@@ -81,6 +82,7 @@ class SampleReader:
         self._tars: OrderedDict[tuple[str, int], int] = OrderedDict()
         self._between = np.empty(2 * BLOCK, dtype=np.uint8)
         self._scratch = np.empty(1 << 20, dtype=np.uint8)
+        self._most_view_bytes = most_view_bytes(layout.side_px)
 
     def read(self, part: Part, codes: NDArray[np.uint8], views: NDArray[np.uint8]) -> None:
         """Fill rows of a batch.
@@ -97,8 +99,12 @@ class SampleReader:
         view, rows = part.view, part.rows.tolist()
         records = self.index(view).read(part.numbers)
         sizes = records["view_size"].tolist()
-        if max(sizes, default=0) > self._scratch.size:
-            self._scratch = np.empty(max(sizes), dtype=np.uint8)
+        largest = max(sizes, default=0)
+        if largest > self._most_view_bytes:
+            where = self._where(view, records, int(np.argmax(records["view_size"])))
+            raise FormatError(f"{where}: {largest:,} bytes are more than a view can have; {REMEDY}")
+        if largest > self._scratch.size:
+            self._scratch = np.empty(largest, dtype=np.uint8)
         scratch = self._scratch
         places = (scratch[:size] for size in sizes)
         members = self._members(view, records, map(codes.__getitem__, rows), places)
@@ -216,7 +222,7 @@ class SampleReader:
         key = (view, tar)
         descriptor = self._tars.get(key)
         if descriptor is None:
-            descriptor = self._tars[key] = _open_tar(Path(self.layout.root, tar_name(view, tar)))
+            descriptor = self._tars[key] = open_tar(Path(self.layout.root, tar_name(view, tar)))
             if len(self._tars) > _OPEN_TARS:
                 os.close(self._tars.popitem(last=False)[1])
         else:
@@ -237,14 +243,18 @@ class SampleReader:
         return f"{path}: image row {int(records['row'][row])}"
 
 
-def _open_tar(path: Path) -> int:
+def open_tar(path: Path) -> int:
     """A descriptor of a tar; neither it nor its folder may be a link."""
     flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW
     try:
         folder = os.open(path.parent, flags | os.O_DIRECTORY)
         try:
-            return os.open(path.name, flags | os.O_NONBLOCK, dir_fd=folder)  # a pipe must not block us
+            descriptor = os.open(path.name, flags | os.O_NONBLOCK, dir_fd=folder)  # a pipe must not block us
         finally:
             os.close(folder)
     except OSError as error:
         raise StorageError(f"{path}: cannot open: {error.strerror or error}; {REMEDY}") from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise FormatError(f"{path}: no plain file; {REMEDY}")
+    return descriptor

@@ -25,7 +25,7 @@ from proteus_cache.cache.receipt import Receipt
 from proteus_cache.documents import MAX_DOCUMENT_BYTES, Document, canonical, digest_of, parse_sealed
 from proteus_cache.errors import ChecksumError, DamageError, FormatError, UsageError
 from proteus_cache.pack.document import PackTar, PackTarget
-from proteus_cache.pack.index import RECORD, Records
+from proteus_cache.pack.index import RECORD, Records, crc32c
 from proteus_cache.pack.recode import Recoding
 from proteus_cache.pack.samples import tar_name
 from proteus_cache.pack.writer import PackedSample, make_records, tar_buffers
@@ -106,17 +106,14 @@ def read_note(job: UnitJob, prove: bool = True) -> PackedUnit | None:
 def pack_unit(job: UnitJob, recodings: Sequence[Recoding]) -> PackedUnit:
     """Write the tar of one unit and its note.
 
-    Every file of the unit is read with its digest and every code with its CRC checked against the receipt;
-    samples are matched by key, label and digest, never by position.
+    Every file of the unit is read with its digest and every code with its CRC checked against the receipt, and the
+    codes that are written once more; samples are matched by key, label and digest, never by position.
 
     Raises:
         DamageError: the cache's unit is damaged.
         UsageError: the unit changed since the pack was planned.
     """
-    cache = open_cache(job.cache)
-    receipt = _planned_receipt(cache, job)
-    samples, widened = _samples(cache, receipt, job, recodings)
-    extension = "jpg" if cache.manifest.views.view_format == "jpeg" else "png"
+    samples, widened, extension = unit_samples(job, recodings)
     records = make_records(samples, job.shard)
     temporary = job.out / "tmp"
     written = storage.write_whole(job.tar_path, lambda: tar_buffers(samples, extension), temporary)
@@ -125,6 +122,22 @@ def pack_unit(job: UnitJob, recodings: Sequence[Recoding]) -> PackedUnit:
     storage.write_whole(job.note_path, note.sealed, temporary)
     logger.info("packed unit=%s/%s views=%d bytes=%d", job.view, shard_stem(job.shard), len(samples), written.size)
     return note
+
+
+def unit_samples(job: UnitJob, recodings: Sequence[Recoding]) -> tuple[list[PackedSample], dict[str, int], str]:
+    """The samples of one unit, checked as `pack_unit` says; the widened steps of each target; the views' extension.
+
+    Raises:
+        DamageError, UsageError: as `pack_unit`.
+    """
+    cache = open_cache(job.cache)
+    receipt = _planned_receipt(cache, job)
+    samples, widened = _samples(cache, receipt, job, recodings)
+    if [sample.key for sample in samples] != receipt.samples.keys:
+        raise FormatError(
+            f"{job.tar_path}: would not hold the samples of its receipt; nothing was written, report this"
+        )
+    return samples, widened, "jpg" if cache.manifest.views.view_format == "jpeg" else "png"
 
 
 def move_unit(job: UnitJob, tar: PackTar) -> None:
@@ -137,12 +150,17 @@ def move_unit(job: UnitJob, tar: PackTar) -> None:
         raise ChecksumError(
             f"{job.tar_path}: does not read back as written; the cache's copy is kept, look at the disk"
         )
+    for path in (job.tar_path, job.note_path):
+        if storage.size_of(path) is not None:  # whoever wrote it may have been cut off before its name was synced
+            storage.sync_folder(path.parent)
     cache = open_cache(job.cache)
     receipt = cache.layout.receipt(job.view, job.shard)
     if storage.size_of(receipt) is not None:
         if digest_of(storage.read_bytes(receipt, MAX_DOCUMENT_BYTES)) != job.receipt:
             raise UsageError(f"{receipt}: is newer than the pack; it is kept, pack the cache to a new folder")
         storage.remove(receipt)
+    elif receipt.parent.is_dir():
+        storage.sync_folder(receipt.parent)  # whoever removed it may have been cut off before that
     for relative in cache.unit_files(job.view, job.shard):
         path = cache.layout.resolve(relative)
         if storage.size_of(path) is not None:
@@ -165,11 +183,14 @@ def _samples(
     stored = receipt.samples
     local = [row - receipt.first_row for row in stored.rows]
     by_target: list[list[NDArray[np.uint8]]] = []
+    checksums: list[list[int]] = []
     widened: dict[str, int] = {}
     for recoding in recodings:
         codes = cache.read_codes(job.view, job.shard, recoding.target.name)
         recoded = recoding.apply([codes[row] for row in local], stored.keys)
         by_target.append(recoded.codes)
+        is_carried = recoding.encoder is None
+        checksums.append(stored.crc32c[recoding.target.name] if is_carried else list(map(crc32c, recoded.codes)))
         if recoded.n_widened:
             widened[recoding.target.name] = recoded.n_widened
     views = cache.read_views(job.view, job.shard)
@@ -178,7 +199,8 @@ def _samples(
         view, json = views[key]
         _check_sample(json, f"{job.view}/{key}.json", job, row, key, digest)
         codes_of_sample = [codes[place] for codes in by_target]
-        samples.append(PackedSample(key, job.image_rows[row], job.labels[row], view, json, codes_of_sample))
+        carried = [of_target[place] for of_target in checksums]
+        samples.append(PackedSample(key, job.image_rows[row], job.labels[row], view, json, codes_of_sample, carried))
     return samples, widened
 
 

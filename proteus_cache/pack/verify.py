@@ -24,7 +24,11 @@ from proteus_cache.views.encode import decode_view, digest_pixels
 
 
 def verify_pack(
-    path: str | Path, read_data: bool = False, progress: Callable[[int, int, int], None] | None = None
+    path: str | Path,
+    read_data: bool = False,
+    progress: Callable[[int, int, int], None] | None = None,
+    *,
+    chosen: Callable[[str, int], bool] | None = None,
 ) -> list[Finding]:
     """Check a pack; an empty list means that nothing is wrong.
 
@@ -33,6 +37,8 @@ def verify_pack(
         read_data: read every file and check every digest and checksum, the pixels of views included;
             otherwise structure, names and sizes.
         progress: called with (tars done, tars in all, bytes read of them).
+        chosen: with `read_data`, whether a tar (view index, number) is read; None reads all. Indices and codec
+            parameters are read, and sizes and names checked, all the same.
 
     Raises:
         UsageError: there is no pack at `path`.
@@ -46,9 +52,10 @@ def verify_pack(
         records, found = _index(pack, view, read_data)
         findings += found
         for number in range(len(entry.tars)):
-            findings += _tar(pack, view, number, records, read_data)
+            is_read = read_data and (chosen is None or chosen(view, number))
+            findings += _tar(pack, view, number, records, is_read)
             done += 1
-            n_bytes += entry.tars[number].size if read_data else 0
+            n_bytes += entry.tars[number].size if is_read else 0
             if progress is not None:
                 progress(done, n_tars, n_bytes)
     return findings + list(_unknown_files(pack))
@@ -67,6 +74,9 @@ def _codec_files(pack: Pack) -> Iterator[Finding]:
         if target.codec.parameters is not None:
             relative = f"codec/{target.codec.parameters}.safetensors"
             try:
+                if storage.size_of(pack.path / relative) is None:
+                    yield Finding(relative, None, "missing", REMEDY)
+                    continue
                 data = storage.read_bytes(pack.path / relative, 1 << 30)
             except (DamageError, StorageError) as error:
                 yield Finding(relative, None, str(error), REMEDY)
@@ -120,7 +130,7 @@ def _check_tar(pack: Pack, view: str, number: int, records: Records) -> None:
     path = pack.path / tar_name(view, number)
     extension = "jpg" if pack.view_spec.view_format == "jpeg" else "png"
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as data:
-        members = list(tar.members(file, len(data), str(path)))
+        members = list(tar.members(file, len(data), str(path), 3 * len(records)))
         if len(members) != 3 * len(records) or len(records) != pack.document.packed[view].tars[number].n_samples:
             raise DamageError(f"{path}: holds {len(members)} members for {len(records)} index records")
         for place, record in enumerate(records):
@@ -172,7 +182,8 @@ def _unknown_files(pack: Pack) -> Iterator[Finding]:
         relative = Path(folder).relative_to(pack.path)
         if relative == Path("."):
             names[:] = [name for name in names if name != "tmp"]
-        for name in sorted(files):
+        links = [name for name in names if os.path.islink(os.path.join(folder, name))]
+        for name in sorted([*files, *links]):
             path = (relative / name).as_posix()
             if path not in known:
                 yield Finding(path, None, "does not belong to the pack", "remove it")

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from proteus_cache import tar
+from proteus_cache.errors import ChecksumError
 from proteus_cache.pack.index import NO_LABEL, RECORD, Records, crc32c, index_header, seal_records
 
 
@@ -27,6 +28,8 @@ class PackedSample:
     """The sealed sample document."""
     codes: Sequence[NDArray[np.uint8]]
     """The codes of every target, (code_bytes,) each, in the pack's order."""
+    codes_crc32c: Sequence[int] | None = None
+    """Of the codes of every target, as their source has them: `make_records` compares. None: it has none."""
 
 
 def tar_buffers(samples: Sequence[PackedSample], extension: str) -> Iterator[bytes | NDArray[np.uint8]]:
@@ -49,13 +52,22 @@ def tar_buffers(samples: Sequence[PackedSample], extension: str) -> Iterator[byt
 
 
 def make_records(samples: Sequence[PackedSample], number: int) -> Records:
-    """The index records of the samples of tar `number`, where `tar_buffers` puts them."""
+    """The index records of the samples of tar `number`, where `tar_buffers` puts them.
+
+    Raises:
+        ChecksumError: codes are not those that their source speaks of.
+    """
     records = np.zeros(len(samples), dtype=RECORD)
     offset = 0
     for record, sample in zip(records, samples, strict=True):
         checksum = 0
         for code in sample.codes:
             checksum = google_crc32c.extend(checksum, code)
+        if sample.codes_crc32c is not None and [*map(crc32c, sample.codes)] != [*sample.codes_crc32c]:
+            raise ChecksumError(
+                f"{sample.key}: its codes changed on their way into the pack (CRC-32C differs); run the same command "
+                "again, and look at this machine's memory if that repeats"
+            )
         sizes = sum(code.size for code in sample.codes), len(sample.view), len(sample.json)
         checksums = checksum, crc32c(sample.view), crc32c(sample.json)
         record["tar"], record["row"] = number, sample.row

@@ -7,20 +7,19 @@ own record (stages.py).
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NoReturn, TypeAlias
 
-import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from proteus_cache import storage
 from proteus_cache.choices import unknown
-from proteus_cache.errors import ConfigError, StorageError
+from proteus_cache.errors import ConfigError, FormatError, StorageError
 from proteus_cache.train.config import TrainConfig
+from proteus_cache.yaml_text import MAX_BYTES, read_yaml
 
-_MAX_BYTES = 1 << 20
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _DRAWN = re.compile(rf"{_NAME.pattern}(/{_NAME.pattern})?")
 _SET_HERE = {"data": "`pack` says which", "out": "the run's name says it"}
@@ -188,33 +187,16 @@ def training_keys() -> list[str]:
     return [*Train.model_fields, *(name for name in TrainConfig.__dataclass_fields__ if name not in _SET_HERE)]
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML in which a key stands once."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen = set()
-        for key_node, _ in node.value:
-            name = key_node.value if isinstance(key_node, yaml.ScalarNode) else None
-            if name in seen:
-                raise yaml.YAMLError(f"line {key_node.start_mark.line + 1}: the key {name!r} stands there twice")
-            if name is not None:
-                seen.add(name)
-        return super().construct_mapping(node, deep)
-
-
 def _read_yaml(path: Path) -> dict[str, Any]:
     if path.is_dir():
         raise ConfigError(f"{path}: is a folder; give the YAML file of a pipeline")
     try:
-        text = storage.read_bytes(path, _MAX_BYTES)
-        if b"&" in text and any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
-            raise ConfigError(f"{path}: YAML aliases are not accepted; write the values out")
-        value = yaml.load(text, _Loader)
+        value = read_yaml(storage.read_bytes(path, MAX_BYTES), str(path))
     except StorageError as error:
         reason = "no such file" if not path.exists() else "cannot be read"
         raise ConfigError(f"{path}: {reason}; give the YAML file of a pipeline, as in docs/pipelines.md") from error
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise ConfigError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from error
+    except FormatError as error:
+        raise ConfigError(str(error)) from error
     if not isinstance(value, dict):
         raise ConfigError(f"{path}: a pipeline is a list of `name: value` lines, as in docs/pipelines.md")
     return value

@@ -9,18 +9,17 @@ from __future__ import annotations
 import json
 from typing import Any
 
-import yaml
-
 from proteus_cache import storage
 from proteus_cache.cache.reader import is_cache, open_cache
 from proteus_cache.demo.scenes import CLASSES, is_scene
-from proteus_cache.errors import ConfigError, StorageError, UsageError
+from proteus_cache.errors import ConfigError, FormatError, StorageError, UsageError
 from proteus_cache.pack.plan import first_views, plan_pack, plan_path
 from proteus_cache.pack.reader import is_pack, open_pack
 from proteus_cache.pipeline.document import Draw, Extract, Pack
 from proteus_cache.pipeline.stages import Stage
 from proteus_cache.train.config import TrainConfig, config_from_mapping
 from proteus_cache.train.run_folder import CONFIG, STUDENT
+from proteus_cache.yaml_text import MAX_BYTES, read_yaml
 
 _MAX_BYTES = 64 << 20
 
@@ -117,10 +116,10 @@ def _is_trained(stage: Stage) -> bool:
     if weights is None or config is None or weights < config:
         return False
     try:
-        recorded = yaml.safe_load(storage.read_bytes(stage.out / CONFIG, 1 << 20))
+        recorded = read_yaml(storage.read_bytes(stage.out / CONFIG, MAX_BYTES), str(stage.out / CONFIG))
         run = config_from_mapping(recorded["train"])
         is_of_pack = _is_of_pack(wanted, recorded)
-    except (yaml.YAMLError, ConfigError, KeyError, TypeError):
+    except (FormatError, ConfigError, KeyError, TypeError):
         return False  # the command says what is wrong with it
     return is_of_pack and _starts_as(run, wanted) and _settings(run, wanted) == _settings(wanted, wanted)
 

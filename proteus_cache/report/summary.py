@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +12,7 @@ from proteus_cache.cache.layout import PROBE, views_tar
 from proteus_cache.cache.manifest import TargetRecord, TeacherRecord, ViewsRecord
 from proteus_cache.cache.reader import Cache, combine_view_ids, open_cache
 from proteus_cache.cache.writer import rows_of_view
+from proteus_cache.documents import strict_json
 from proteus_cache.errors import FormatError, UsageError
 from proteus_cache.plan import human_bytes
 from proteus_cache.plan.fitted import fitted_json, fitted_lines
@@ -149,6 +149,7 @@ def summarise_pack(path: Path) -> dict[str, Any]:
         "kind": "pack",
         "path": str(path),
         "pack_id": pack.digest,
+        "pack_json_sha256": pack.file_sha256,
         "cache_id": document.cache.cache_id,
         "cache_manifest": document.cache.manifest,
         "teacher": document.teacher.model_dump(),
@@ -195,12 +196,12 @@ def summarise_run(path: Path) -> dict[str, Any]:
 
 
 def _run_config(path: Path) -> dict[str, Any]:
-    import yaml
+    from proteus_cache.yaml_text import MAX_BYTES, read_yaml
 
     try:
-        config = yaml.safe_load(storage.read_bytes(path, 1 << 20))
-    except yaml.YAMLError as error:
-        raise FormatError(f"{path}: not valid YAML ({' '.join(str(error).split())}); {_TRAIN_AGAIN}") from error
+        config = read_yaml(storage.read_bytes(path, MAX_BYTES), str(path))
+    except FormatError as error:
+        raise FormatError(f"{error}; {_TRAIN_AGAIN}") from error
     if not isinstance(config, dict) or not isinstance(config.get("train"), dict):
         raise FormatError(f"{path}: has no section `train:`, so this is no run; {_TRAIN_AGAIN}")
     return config
@@ -219,11 +220,19 @@ def _last_line(metrics: Path, *, of_epoch: bool) -> dict[str, Any] | None:
         file.seek(0 if of_epoch else max(0, size - 65536))  # epochs may be far apart
         lines = [line for line in file.read().split(b"\n")[:-1] if line.startswith(b"{")]
     try:
-        found = (json.loads(line) for line in reversed(lines) if (b'"seen"' in line) == of_epoch)
-        last = next(found, None)
-        return None if last is None else dict(last)
-    except ValueError as error:
+        last = next((line for line in reversed(lines) if (b'"seen"' in line) == of_epoch), None)
+        return None if last is None else _metrics(strict_json(last, str(metrics)))
+    except FormatError as error:
         raise FormatError(f"{metrics}: its last line is damaged; {_TRAIN_AGAIN}") from error
+
+
+def _metrics(line: dict[str, Any]) -> dict[str, Any]:
+    """A line of metrics.jsonl, if its values are numbers."""
+    if not {"step", "epoch"} <= line.keys() or not all(
+        value is None or (isinstance(value, int | float) and not isinstance(value, bool)) for value in line.values()
+    ):
+        raise FormatError("not numbers")
+    return line
 
 
 def describe(summary: dict[str, Any]) -> list[str]:
@@ -253,6 +262,7 @@ def _describe_pack(summary: dict[str, Any]) -> list[str]:
     lines = [
         f"pack      {summary['path']}",
         f"id        {summary['pack_id']}",
+        f"pin       sha256:{summary['pack_json_sha256']} (of pack.json; train --expect-id takes it)",
         f"from      cache {summary['cache_id']}",
         *_describe_source(summary),
         f"bytes     {human_bytes(summary['bytes'])}: {human_bytes(summary['bytes_per_view'])} a view, "

@@ -7,7 +7,8 @@
 
 A checkpoint is written into a folder of its own and synced; every byte is read back from the disk and compared with
 what was meant; then the folder gets its name, and only then are older ones removed. No pickle. A folder whose state
-or files do not verify is never loaded: the one before it is, with a warning.
+or files do not verify is never loaded: the one before it is, with a warning. A full disk ends the run and leaves the
+older checkpoints as they were.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import re
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -27,7 +28,7 @@ from torch import Tensor
 
 from proteus_cache import storage
 from proteus_cache.documents import Document
-from proteus_cache.errors import ChecksumError, DamageError, FormatError, StorageError
+from proteus_cache.errors import ChecksumError, DamageError, FormatError, ProteusCacheError, StorageError
 from proteus_cache.train.tensors import read_tensors, tensor_chunks
 
 log = logging.getLogger(__name__)
@@ -113,14 +114,12 @@ def write_checkpoint(
     began = time.perf_counter()
     temp = _written(folder, final.name, state, tensors)
     with _removed_on_failure(temp):
-        if final.exists():
-            _remove(final)
-        storage.publish(temp, final)
+        _give_name(temp, final)
     upto = [step for step in checkpoint_steps(folder) if step <= state.step]
     damaged = [step for step in upto if after is not None and after < step < state.step]
     good = [step for step in upto if step not in damaged]
     for step in damaged + good[:-keep]:
-        _remove(folder / f"step-{step:08d}")
+        remove_checkpoint(folder / f"step-{step:08d}")
     log.info("wrote checkpoint=%s seconds=%.1f", final, time.perf_counter() - began)
     return final
 
@@ -146,6 +145,34 @@ def _written(folder: Path, name: str, state: CheckpointState, tensors: Mapping[s
     raise AssertionError("unreachable")
 
 
+def _give_name(temp: Path, final: Path) -> None:
+    """Rename a checkpoint to its name. One that has it goes out of the way first, and comes back when that fails.
+
+    Between the two renames neither is found, and the run stands on the one before: it was resumed from that, because
+    the one in the way could not be loaded.
+    """
+    if storage.inode_of(final) is None:
+        storage.publish(temp, final)
+        return
+    old = _nameless(final)
+    try:
+        storage.publish(final, old)
+        storage.publish(temp, final)
+    except StorageError:
+        with suppress(StorageError):  # the first error is told
+            if storage.inode_of(final) is None:
+                storage.publish(old, final)
+            else:
+                storage.discard(old)
+        raise
+    storage.discard(old)
+
+
+def _nameless(path: Path) -> Path:
+    """A name for a checkpoint that is about to go, under which no run finds it."""
+    return path.with_name(_TEMPORARY + storage.temp_name(path.name))
+
+
 @contextmanager
 def _removed_on_failure(temp: Path) -> Iterator[None]:
     try:
@@ -163,22 +190,36 @@ def _write(temp: Path, name: str, tensors: Mapping[str, Tensor]) -> CheckpointFi
 def newest_checkpoint(folder: Path) -> Checkpoint | None:
     """The newest checkpoint that verifies, or None when there is no checkpoint at all.
 
-    A damaged one is named in a warning and left where it is.
+    One that is damaged or cannot be read is named in a warning, with what is used instead, and left where it is.
 
     Raises:
         DamageError: there are checkpoints, and none verifies.
+        StorageError: none can be loaded, and one of them only because the disk does not give it.
     """
-    steps = checkpoint_steps(folder)
-    for step in reversed(steps):
+    failed: dict[int, DamageError | StorageError] = {}
+    for step in reversed(checkpoint_steps(folder)):
         try:
-            return load_checkpoint(folder, step)
+            found = load_checkpoint(folder, step)
         except (DamageError, StorageError) as error:
-            log.warning("checkpoint step=%d is damaged and skipped, the one before it is used: %s", step, error)
-    if steps:
-        raise DamageError(
-            f"{folder}: none of the {len(steps)} checkpoints is whole; remove them and start again without --resume"
-        )
-    return None
+            failed[step] = error
+            continue
+        for other, reason in failed.items():
+            what = "cannot be read" if _may_be_whole(reason) else "is damaged"
+            log.warning("checkpoint step=%d %s and is skipped, step=%d is used instead: %s", other, what, step, reason)
+        return found
+    if not failed:
+        return None
+    many = f"none of the {len(failed)} checkpoints"
+    for reason in failed.values():
+        if _may_be_whole(reason):
+            raise type(reason)(f"{folder}: {many} can be read, and nothing is changed: {reason}") from reason
+    first = next(iter(failed.values()))
+    raise DamageError(f"{folder}: {many} is whole; remove them and start again without --resume ({first})") from first
+
+
+def _may_be_whole(error: ProteusCacheError) -> bool:
+    """Whether a checkpoint was not loaded because the disk failed, and not because of what is in it."""
+    return isinstance(error, StorageError) and not isinstance(error.__cause__, FileNotFoundError | NotADirectoryError)
 
 
 def load_checkpoint(folder: Path, step: int) -> Checkpoint:
@@ -235,11 +276,13 @@ def _verify_files(path: Path, *, digests: bool = True, from_disk: bool = False) 
     return state
 
 
-def _remove(path: Path) -> None:
+def remove_checkpoint(path: Path) -> None:
     """Remove a checkpoint; it loses its name first, so that a half-removed one is never found."""
-    gone = path.with_name(_TEMPORARY + storage.temp_name(path.name))
-    storage.publish(path, gone)
-    storage.discard(gone)
+    gone = _nameless(path)
+    try:
+        storage.publish(path, gone)
+    finally:
+        storage.discard(gone)
 
 
 def clear_unfinished(folder: Path) -> None:

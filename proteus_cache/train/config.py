@@ -18,6 +18,7 @@ from typing import Literal, TypeAlias
 
 from proteus_cache.choices import either, nearest, unknown
 from proteus_cache.errors import ConfigError
+from proteus_cache.pack.pin import parse_pin
 from proteus_cache.students.registry import student_size
 from proteus_cache.train.blocks import parse_blocks
 
@@ -26,7 +27,7 @@ Setting: TypeAlias = str | int | float | bool | None
 """A field as YAML and JSON hold it."""
 _FREE_FIELDS = frozenset(
     {
-        *("data", "teacher_weights", "init"),  # their digests are compared
+        *("data", "expect_id", "teacher_weights", "init"),  # their digests are compared
         *("out", "max_steps", "workers", "device", "precision", "accumulate", "compile"),
         *("checkpoint_every", "keep_checkpoints", "log_every", "evaluate_every"),
     }
@@ -46,6 +47,8 @@ class TrainConfig:
     """The pack; None for a live teacher with fresh views."""
     out: Path
     """The RUN folder."""
+    expect_id: str | None = None
+    """SHA-256 of the pack's pack.json, as `info` shows it; a pack with another one is refused. None takes any."""
     live: bool = False
     """Targets from a live teacher: for fresh views of `images`, or for the stored views of `data` (a replay)."""
     teacher: str | None = None
@@ -154,6 +157,7 @@ class TrainConfig:
         if self.feature_cls_head not in ("token", "feature"):
             raise ConfigError(f"feature_cls_head must be token or feature, got {self.feature_cls_head!r}")
         self._check_init()
+        self._check_pin()
         self._check_live()
         if self.precision not in (None, "fp32", "fp16", "bf16"):
             raise ConfigError(f"precision must be fp32, fp16 or bf16, got {self.precision!r}")
@@ -187,6 +191,13 @@ class TrainConfig:
             raise ConfigError("a live run takes fresh views of images, or the stored views of a pack: give one of them")
         if self.data is not None and self.size_px is not None:
             raise ConfigError("size_px is of fresh views; those of a pack have their size")
+
+    def _check_pin(self) -> None:
+        if self.expect_id is None:
+            return
+        parse_pin(self.expect_id, "expect_id")
+        if self.data is None:
+            raise ConfigError("expect_id is of a pack, and fresh views come from images; leave it out")
 
     def _check_init(self) -> None:
         if self.init_sha256 is None:

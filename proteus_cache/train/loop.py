@@ -7,8 +7,8 @@ with the same bytes as one that was not (on a CPU; GPUs add in an order of their
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,12 +16,13 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from proteus_cache import storage
-from proteus_cache.errors import UsageError
+from proteus_cache.errors import StorageError, UsageError
 from proteus_cache.plan.training import TrainPlan
 from proteus_cache.processes import usable_cores
 from proteus_cache.students.registry import build_student
 from proteus_cache.train.checkpoint import (
     CheckpointState,
+    checkpoint_steps,
     clear_unfinished,
     load_checkpoint,
     newest_checkpoint,
@@ -204,6 +205,8 @@ def _train(run: Run, first_step: int, progress: ReportProgress | None) -> TrainR
     config, accelerator = run.config, run.accelerator
     is_main = accelerator.is_main_process
     with ExitStack() as stack:
+        if is_main:
+            stack.enter_context(_says_what_is_kept(config))
         stop = stack.enter_context(StopRequest())
         record = None
         if is_main:
@@ -224,6 +227,19 @@ def _train(run: Run, first_step: int, progress: ReportProgress | None) -> TrainR
     elif is_main:
         log.info("finished steps=%d out=%s", done, config.out)
     return TrainResult(config.out, first_step, done, run.n_steps, stopped_by, losses)
+
+
+@contextmanager
+def _says_what_is_kept(config: TrainConfig) -> Iterator[None]:
+    """Add to an error of the disk which checkpoint is there to go on from."""
+    try:
+        yield
+    except StorageError as error:
+        with suppress(StorageError):
+            steps = checkpoint_steps(config.out / CHECKPOINTS)
+            kept = f"is of step {steps[-1]:,}; go on with --resume" if steps else "is still to come"
+            error.add_note(f"the newest checkpoint {kept}")
+        raise
 
 
 def _gaps(run: Run) -> Gaps | None:

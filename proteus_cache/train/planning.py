@@ -26,7 +26,7 @@ def plan_training(config: TrainConfig, processes: int) -> TrainPlan:
     Raises:
         UsageError: pack and config do not go together, or a GPU is asked for and there is none.
     """
-    pack = open_pack(config.pack_path)
+    pack = open_pack(config.pack_path, expect_id=config.expect_id)
     gpu = gpu_named(gpu_name(config.device))
     return plan_for_pack(config, pack, processes, None if config.precision == "fp32" else gpu)
 

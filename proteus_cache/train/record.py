@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from importlib import metadata
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 from proteus_cache import storage
-from proteus_cache.errors import ProteusCacheError
+from proteus_cache.errors import ProteusCacheError, StorageError
 from proteus_cache.students.registry import student_metadata
+from proteus_cache.train.board import Board
 from proteus_cache.train.config import TrainConfig
 from proteus_cache.train.data import TrainingData
 from proteus_cache.train.progress import Rates
@@ -33,9 +35,6 @@ from proteus_cache.train.run_folder import (
 )
 from proteus_cache.train.state import TrainingState
 from proteus_cache.train.tensors import replace_tensors
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
 
 _NAMED = 3
 _LIBRARIES = ("proteus-cache", "torch", "timm", "accelerate", "numpy")
@@ -61,7 +60,7 @@ class RunRecord:
         write_config(config.out, _sections(config, data, precision))
         self._metrics = StepLog(config.out / METRICS, first_step)
         self._timings = StepLog(config.out / TIMINGS, first_step)
-        self._board = _open_board(config, first_step)
+        self._board = Board(config.out / TENSORBOARD, first_step)
 
     def __enter__(self) -> Self:
         return self
@@ -69,9 +68,10 @@ class RunRecord:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._metrics.close()
-        self._timings.close()
-        self._board.close()
+        for log in (self._metrics, self._timings, self._board):
+            # What ended the run is told, and not that its logs cannot be closed on the same full disk.
+            with suppress(StorageError) if error is not None else nullcontext():
+                log.close()
 
     def write(self, results: Sequence[StepResult], rows: Sequence[Sequence[float]], rates: Rates) -> None:
         """Log steps.
@@ -90,11 +90,8 @@ class RunRecord:
         last = results[-1].step
         self._timings.write([{"step": last, "n_steps": len(lines), **rates.to_mapping()}])
         for line, result in zip(lines, results, strict=True):
-            for name, value in line.items():
-                if name not in ("step", "epoch") and value is not None:
-                    self._board.add_scalar(f"train/{name}", value, result.step)
-        for name, rate in rates.to_mapping().items():
-            self._board.add_scalar(f"rates/{name}", rate, last)
+            self._board.add(_tagged("train", line), result.step)
+        self._board.add(_tagged("rates", rates.to_mapping()), last)
 
     def write_epoch(self, step: int, epoch: int, losses: Mapping[str, Sequence[float]]) -> None:
         """Log what was measured after an epoch.
@@ -106,9 +103,7 @@ class RunRecord:
         """
         line = epoch_line(step, epoch, losses)
         self._metrics.write([line])
-        for name, value in line.items():
-            if name not in ("step", "epoch") and value is not None:
-                self._board.add_scalar(f"epoch/{name}", value, step)
+        self._board.add(_tagged("epoch", line), step)
 
     def write_not_finite(self, result: StepResult, losses: Sequence[float], scaler: Mapping[str, object] | None) -> str:
         """Write `not-finite.json`: what the step that ended the run was made of.
@@ -130,7 +125,10 @@ class RunRecord:
             "samples": sorted(samples, key=lambda sample: (sample.get("is_finite") is not False, sample["position"])),
         }
         text = json.dumps(document, indent=1, allow_nan=False) + "\n"
-        storage.write_whole(path, text.encode)
+        try:
+            storage.write_whole(path, text.encode)
+        except StorageError as error:
+            return f" (its samples cannot be written down: {error})"
         bad = [str(sample["key"]) for sample in samples if sample.get("is_finite") is False]
         if not bad:
             return f"; its {len(samples):,} samples are named in {path}"
@@ -205,7 +203,7 @@ def _is_installed(name: str) -> bool:
     return True
 
 
-def _open_board(config: TrainConfig, first_step: int) -> SummaryWriter:
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(log_dir=str(config.out / TENSORBOARD), purge_step=first_step + 1)
+def _tagged(group: str, line: Mapping[str, object]) -> dict[str, float]:
+    """The numbers of a line, by their tags on the board."""
+    kept = {name: value for name, value in line.items() if name not in ("step", "epoch")}
+    return {f"{group}/{name}": value for name, value in kept.items() if isinstance(value, int | float)}

@@ -22,13 +22,13 @@ import json
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from io import BufferedRandom
+from io import FileIO
 from pathlib import Path
 
 import yaml
 
 from proteus_cache import storage, stores
-from proteus_cache.errors import StorageError, UsageError
+from proteus_cache.errors import UsageError
 from proteus_cache.train.checkpoint import checkpoint_steps
 
 CONFIG = "config.yaml"
@@ -104,38 +104,37 @@ class StepLog:
 
     def __init__(self, path: Path, first_step: int) -> None:
         self._path = path
-        self._file = _open_cut(path, first_step)
+        with storage.reported("write", path):
+            self._file = _open_cut(path, first_step)
 
     def write(self, lines: Iterable[Mapping[str, object]]) -> None:
-        """Append objects and hand them to the operating system."""
-        try:
-            for line in lines:
-                self._file.write(json.dumps(line, allow_nan=False).encode() + b"\n")
-            self._file.flush()
-        except OSError as error:
-            raise StorageError(f"{self._path}: cannot write: {error.strerror}") from error
+        """Append objects and hand them to the operating system; the next start cuts off what is half written."""
+        data = b"".join(json.dumps(line, allow_nan=False).encode() + b"\n" for line in lines)
+        with storage.reported("write", self._path):
+            while data:
+                data = data[self._file.write(data) :]
 
     def sync(self) -> None:
         """Make what was written durable."""
-        try:
+        with storage.reported("sync", self._path):
             os.fsync(self._file.fileno())
-        except OSError as error:
-            raise StorageError(f"{self._path}: cannot sync: {error.strerror}") from error
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        with storage.reported("close", self._path):
+            self._file.close()
 
 
-def _open_cut(path: Path, first_step: int) -> BufferedRandom:
-    """Open for appending after the last whole line whose step is at most `first_step`."""
+def _open_cut(path: Path, first_step: int) -> FileIO:
+    """Open for appending after the last whole line whose step is at most `first_step`; nothing is buffered."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    file = os.fdopen(descriptor, "r+b")
     end = 0
-    for line in file:
-        if not line.endswith(b"\n") or _step_of(line) > first_step:
-            break
-        end += len(line)
+    with open(descriptor, "rb", closefd=False) as lines:
+        for line in lines:
+            if not line.endswith(b"\n") or _step_of(line) > first_step:
+                break
+            end += len(line)
+    file = FileIO(descriptor, "r+b")
     file.seek(end)
     file.truncate()
     return file

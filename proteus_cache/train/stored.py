@@ -83,6 +83,7 @@ class StoredData:
             "pack": {
                 "cache_id": self._pack.cache_id,
                 "pack_digest": self._pack.digest,
+                "pack_json_sha256": self._pack.file_sha256,
                 "teacher": teacher.name,
                 "teacher_weights_sha256": teacher.weights_sha256,
                 "views": len(self._pack.views),
@@ -191,7 +192,7 @@ def open_stored(config: TrainConfig, home: Path) -> StoredData:
         UsageError: there is no pack, it lacks what the losses need, or the teacher given is not the one that made it.
         WeightsError: the teacher's weights cannot be had.
     """
-    pack = open_pack(config.pack_path)
+    pack = open_pack(config.pack_path, expect_id=config.expect_id)
     if not config.live:
         return StoredData(config, pack)
     check_targets(pack, config)

@@ -3,11 +3,16 @@
 The safetensors library orders metadata by a hash that differs from process to process, so the same weights
 give different files. This writes the same format with sorted keys, tensor after tensor, so that a big state
 is never copied as a whole. Reading is the library's.
+
+Final weights travel alone, so `replace_tensors` writes a digest of the whole file into its metadata, which
+`check_tensors` compares: `file_sha256`, the SHA-256 of the file with zeros in place of these 64 digits.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -17,8 +22,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from proteus_cache import storage
-from proteus_cache.errors import FormatError
+from proteus_cache.errors import ChecksumError, FormatError
 
+FILE_DIGEST = "file_sha256"
+_UNKNOWN = "0" * 64
+_DIGEST_PLACE = re.compile(rb'"file_sha256":"([0-9a-f]{64})"')
+_MAX_HEADER_BYTES = 100_000_000  # the safetensors library reads no longer ones
+_READ_BYTES = 1 << 20
 _DTYPES = {
     torch.float32: "F32",
     torch.float16: "F16",
@@ -55,8 +65,35 @@ def tensor_chunks(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) ->
 
 
 def replace_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file beside `path`, durably, and give it that name."""
-    storage.write_whole(path, lambda: tensor_chunks(tensors, metadata))
+    """Write a safetensors file that proves itself beside `path`, durably, and give it that name."""
+    digest = hashlib.sha256()
+    for chunk in tensor_chunks(tensors, {**metadata, FILE_DIGEST: _UNKNOWN}):
+        digest.update(memoryview(chunk).cast("B"))  # type: ignore[arg-type]  # numpy types its buffer from 3.12 on
+    proved = {**metadata, FILE_DIGEST: digest.hexdigest()}
+    storage.write_whole(path, lambda: tensor_chunks(tensors, proved))
+
+
+def check_tensors(path: Path) -> None:
+    """Compare a file of `replace_tensors` with the digest in it; every byte is read.
+
+    Raises:
+        ChecksumError: it is not what was written.
+        FormatError: it holds no such digest, or is no safetensors file at all.
+        StorageError: it cannot be read.
+    """
+    digest = hashlib.sha256()
+    with storage.reported("read", path), open(path, "rb") as file:
+        start = file.read(8)
+        n_header = int.from_bytes(start, "little")
+        header = file.read(n_header) if n_header <= _MAX_HEADER_BYTES else b""
+        found = _DIGEST_PLACE.search(header)
+        if found is None or len(header) != n_header:
+            raise FormatError(f"{path}: damaged, or no file of final weights (holds no {FILE_DIGEST} of itself)")
+        digest.update(start + header[: found.start(1)] + _UNKNOWN.encode() + header[found.end(1) :])
+        while part := file.read(_READ_BYTES):
+            digest.update(part)
+    if digest.hexdigest().encode() != found[1]:
+        raise ChecksumError(f"{path}: not the file that was written (its {FILE_DIGEST} differs)")
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -8,9 +8,10 @@ from pathlib import Path
 from proteus_cache import storage
 from proteus_cache.cache.verify import Finding
 from proteus_cache.errors import ProteusCacheError
+from proteus_cache.stores import repair_command
 from proteus_cache.train.checkpoint import checkpoint_steps, verify_checkpoint
 from proteus_cache.train.run_folder import CHECKPOINTS, EMA, HEADS, START, STUDENT
-from proteus_cache.train.tensors import read_tensors
+from proteus_cache.train.tensors import check_tensors
 
 
 def verify_run(path: Path, read_data: bool, progress: Callable[[int, int, int], None] | None = None) -> list[Finding]:
@@ -18,7 +19,7 @@ def verify_run(path: Path, read_data: bool, progress: Callable[[int, int, int], 
 
     Args:
         path: the RUN folder.
-        read_data: check every checkpoint's digests and read the final weights; otherwise sizes.
+        read_data: check every digest, of checkpoints and of final weights; otherwise the sizes of checkpoints.
         progress: called with (checkpoints and weight files done, in all, bytes read of them).
     """
     findings = []
@@ -39,14 +40,14 @@ def _checkpoint(run: Path, folder: Path, read_data: bool) -> list[Finding]:
     try:
         verify_checkpoint(folder, digests=read_data)
     except ProteusCacheError as error:
-        remedy = "remove that folder; --resume falls back to the checkpoint before it"
+        remedy = f"run `{repair_command(run)}`, which removes it; --resume falls back to the checkpoint before it"
         return [Finding(f"{CHECKPOINTS}/{folder.name}", None, _without(error, run), remedy)]
     return []
 
 
 def _weights(run: Path, file: Path) -> list[Finding]:
     try:
-        read_tensors(file)
+        check_tensors(file)
     except ProteusCacheError as error:
         remedy = "run the same training with --resume: it writes the final weights anew"
         if file.name == START:

@@ -37,6 +37,10 @@ DECODER_ERRORS: Final = (
 """What Pillow raises on bytes that are not the image they claim to be."""
 
 _JPEG_START, _JPEG_END = b"\xff\xd8\xff", b"\xff\xd9"
+_JPEG_BASELINE, _JPEG_SCAN = 0xC0, 0xDA
+_JPEG_TABLES = {0xC4, 0xDB, 0xE0, 0xEE}
+"""Huffman and quantisation tables, and the headers of JFIF and Adobe."""
+_JPEG_MAX_HEADER_BYTES = 4096
 _PNG_START, _PNG_END = b"\x89PNG\r\n\x1a\n", b"\0\0\0\0IEND\xaeB`\x82"
 
 
@@ -77,6 +81,11 @@ def encode_view(pixels: NDArray[np.uint8], view_format: ViewFormat) -> bytes:
     return buffer.getvalue()
 
 
+def most_view_bytes(side_px: int) -> int:
+    """More bytes than an encoded view of this side can have: 27 bits for each JPEG coefficient, and its tables."""
+    return 12 * side_px * side_px + (64 << 10)
+
+
 def decode_view(data: bytes | memoryview, side_px: int) -> NDArray[np.uint8]:
     """The pixels of a stored view.
 
@@ -88,7 +97,7 @@ def decode_view(data: bytes | memoryview, side_px: int) -> NDArray[np.uint8]:
         (side_px, side_px, 3) uint8, contiguous and writable.
 
     Raises:
-        FormatError: not a JPEG or PNG from end to end, damaged, or of another size or colour mode.
+        FormatError: not a JPEG of one scan or a plain PNG from end to end, damaged, or of another size or colour mode.
     """
     _check_ends(data)
     try:
@@ -109,8 +118,32 @@ def _check_ends(data: bytes | memoryview) -> None:
     if start == _PNG_START:
         if bytes(data[-12:]) != _PNG_END or not _only_pixels(data):
             raise FormatError("view: a PNG with other chunks than IHDR, IDAT and IEND, or not ending with IEND")
-    elif start.startswith(_JPEG_START) and bytes(data[-2:]) != _JPEG_END:
-        raise FormatError("view: a JPEG that does not end with its end marker (cut off, or with bytes after it)")
+        if bytes(data[12:16]) != b"IHDR" or data[24] != 8 or bytes(data[26:29]) != bytes(3):
+            raise FormatError("view: a PNG of another kind than 8 bits in plain rows")
+    elif start.startswith(_JPEG_START):
+        if bytes(data[-2:]) != _JPEG_END:
+            raise FormatError("view: a JPEG that does not end with its end marker (cut off, or with bytes after it)")
+        if not _is_one_scan(data):
+            raise FormatError("view: a JPEG with several scans or a long header, which stored views do not have")
+
+
+def _is_one_scan(data: bytes | memoryview) -> bool:
+    """Whether a JPEG is of the one kind that `encode_view` writes: baseline, all colours in its first scan.
+
+    A few kilobytes can hold a thousand scans, and a decoder goes over the whole image for each of them; after such a
+    first scan it stops.
+    """
+    position, n_colours = 2, 0
+    while position + 10 <= min(len(data), _JPEG_MAX_HEADER_BYTES) and data[position] == 0xFF:
+        marker = data[position + 1]
+        if marker == _JPEG_SCAN:
+            return data[position + 4] == n_colours
+        if marker == _JPEG_BASELINE:
+            n_colours = data[position + 9]
+        elif marker not in _JPEG_TABLES:
+            return False
+        position += 2 + (data[position + 2] << 8 | data[position + 3])
+    return False
 
 
 def _only_pixels(data: bytes | memoryview) -> bool:

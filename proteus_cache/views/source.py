@@ -15,8 +15,10 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import logging
 import os
 import stat
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +31,15 @@ from proteus_cache.views.encode import DECODER_ERRORS, open_encoded
 MAX_SOURCE_PIXELS = 89_478_485
 """Width times height; Pillow's own limit against decompression bombs."""
 MAX_SOURCE_BYTES = 1 << 30
+MAX_HEADER_BYTES = 16 << 20
+"""Before the pixels of a JPEG: EXIF, colour profile, comments."""
+MAX_SCANS = 500
+"""Of a progressive JPEG; they have about ten."""
+READ_AGAIN_S = (0.2, 1.0)
+"""Pauses before a second and a third attempt to read a file, in seconds."""
+
+_PASSING = {errno.EIO, errno.ESTALE, errno.EAGAIN, errno.ETIMEDOUT}
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,24 +64,35 @@ def read_source(path: Path) -> Source:
         StorageError: it cannot be opened or read, or is not a regular file; that says nothing of the image.
     """
     data = _read(path)
-    image = _decode(data, path)
+    image = decode_source(data, path)
     return Source(image, hashlib.sha256(data).hexdigest(), image.width, image.height, len(data))
 
 
 def _read(path: Path) -> bytes:
-    try:
-        # Without O_NONBLOCK a pipe that took the file's place would block for ever.
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    """All bytes of a file; what network drives say in passing is tried again after a pause."""
+    pauses_s = iter(READ_AGAIN_S)
+    while True:
         try:
-            data = _read_all(descriptor, path)
-        finally:
-            os.close(descriptor)
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise StorageError(
-            f"{path}: cannot be read: {reason}; put the file back or make it readable, and run the same command again"
-        ) from error
-    return data
+            return _read_once(path)
+        except OSError as error:
+            reason = error.strerror or str(error)
+            pause_s = next(pauses_s, None) if error.errno in _PASSING else None
+            if pause_s is None:
+                raise StorageError(
+                    f"{path}: cannot be read: {reason}; put the file back or make it readable, and run the same "
+                    "command again"
+                ) from error
+            logger.warning("reading again path=%s reason=%s", path, reason)
+            time.sleep(pause_s)
+
+
+def _read_once(path: Path) -> bytes:
+    # Without O_NONBLOCK a pipe that took the file's place would block for ever.
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        return _read_all(descriptor, path)
+    finally:
+        os.close(descriptor)
 
 
 def _read_all(descriptor: int, path: Path) -> bytes:
@@ -86,9 +108,19 @@ def _read_all(descriptor: int, path: Path) -> bytes:
     return data
 
 
-def _decode(data: bytes, path: Path) -> Image.Image:
+def decode_source(data: bytes, path: Path | str) -> Image.Image:
+    """The RGB image that a source's bytes hold, by the rules above.
+
+    Args:
+        data: of the whole file.
+        path: its name, for the message.
+
+    Raises:
+        BadImageError: as `read_source`.
+    """
     if not data:
         raise BadImageError(f"{path}: the file is empty")
+    _check_effort(data, path)
     try:
         image = open_encoded(data)
         if image is None:
@@ -100,6 +132,24 @@ def _decode(data: bytes, path: Path) -> Image.Image:
         return _to_rgb(image)
     except DECODER_ERRORS as error:
         raise BadImageError(f"{path}: cannot be decoded: {error}") from error
+
+
+def _check_effort(data: bytes, path: Path | str) -> None:
+    """Refuse JPEGs whose header or scans cost hours: Pillow copies all EXIF again for each further segment of it.
+
+    Raises:
+        BadImageError: too much metadata, or too many scans.
+    """
+    if not data.startswith(b"\xff\xd8"):
+        return
+    n_scans = data.count(b"\xff\xda", 2)
+    if n_scans > MAX_SCANS:
+        raise BadImageError(f"{path}: {n_scans:,} scans, more than {MAX_SCANS}")
+    position = 2
+    while position + 4 <= len(data) and data[position] == 0xFF and data[position + 1] not in (0xD9, 0xDA, 0xFF):
+        position += 2 + int.from_bytes(data[position + 2 : position + 4], "big")
+    if position > MAX_HEADER_BYTES:
+        raise BadImageError(f"{path}: {position:,} bytes of metadata before its pixels, more than {MAX_HEADER_BYTES:,}")
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -164,7 +164,9 @@ def test_a_damaged_unit_is_not_read(cache: Cache) -> None:
     data[40] ^= 1
     path.write_bytes(bytes(data))
 
-    with pytest.raises(ChecksumError, match=r"patch/c/1/0: damaged .* remove .*s00001.json and run the same extract"):
+    with pytest.raises(
+        ChecksumError, match=r"patch/c/1/0: damaged .* run `proteus-cache repair .*redoes unit v000/s00001"
+    ):
         cache.read_codes("v000", 1, "patch")
 
 

@@ -193,7 +193,9 @@ def test_codes_must_cover_the_rows_of_a_unit(cache: Cache, finished: Cache) -> N
 def test_foreign_zarr_metadata_are_refused(cache: Cache, path: str) -> None:
     (cache.path / "targets.zarr" / path).write_text('{"zarr_format":2}')
 
-    with pytest.raises(FormatError, match=r"zarr\.json: not the array or group of this cache .*; remove it"):
+    with pytest.raises(
+        FormatError, match=r"zarr\.json: not the array or group of this cache .*; `proteus-cache repair`"
+    ):
         publish_arrays(cache.layout, cache.manifest, VIEW)
 
 

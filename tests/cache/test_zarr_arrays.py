@@ -124,7 +124,7 @@ def test_metadata_of_another_array_are_refused() -> None:
         (array_metadata(_target("float16"), _N_ROWS, _SHARD_SIZE), "data_type"),
         (metadata.replace(b'"crc32c"', b'"pickle"'), "codecs"),
         (b"{", "not valid JSON"),
-        (b"[]", "differs"),
+        (b"[]", "not a JSON object"),
     ):
         with pytest.raises(FormatError, match=reason):
             check_metadata(other, array_metadata(target, _N_ROWS, _SHARD_SIZE), "zarr.json")

@@ -25,7 +25,20 @@ def test_help_imports_neither_torch_nor_zarr() -> None:
     assert found.stdout.strip() == "[]"
 
 
-COMMANDS = ("demo", "plan", "extract", "pack", "train", "eval", "pipeline", "info", "verify", "fidelity", "fetch")
+COMMANDS = (
+    "demo",
+    "plan",
+    "extract",
+    "pack",
+    "train",
+    "eval",
+    "pipeline",
+    "info",
+    "verify",
+    "repair",
+    "fidelity",
+    "fetch",
+)
 
 
 def test_the_commands_are_these_in_the_order_of_the_work() -> None:
@@ -133,7 +146,7 @@ def test_verify_ends_with_1_and_names_the_file(folder: Path, tmp_path: Path) -> 
     outcome = run("verify", tmp_path / "cache", code=1)
 
     assert "views/v001/s00002.tar: 0 bytes instead of" in outcome.stdout
-    assert "run the same extract again" in outcome.stdout
+    assert f"run `proteus-cache repair {tmp_path / 'cache'}`: it redoes this unit" in outcome.stdout
 
 
 def test_eval_scores_student_average_and_untrained_student(folder: Path) -> None:

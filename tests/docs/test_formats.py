@@ -9,11 +9,13 @@ from typing import Any
 import google_crc32c
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file
 
 from proteus_cache.cache.reader import Cache
 from proteus_cache.documents import seal
 from proteus_cache.images import sample_key
+from proteus_cache.teachers.registry import load_teacher
 from tests.makers import make_cache
 
 PAGE = Path(__file__).parents[2] / "docs" / "formats.md"
@@ -84,3 +86,24 @@ def test_the_key_is_the_documented_one() -> None:
     path = "n01440764/N01440764 10-Ä.tench.JPEG"
 
     assert sample_key(path) == "n01440764_10___tench_" + hashlib.sha256(path.encode()).hexdigest()[:10]
+
+
+def test_the_canaries_are_the_documented_ones(cache: Cache) -> None:
+    size = 32
+    last, block = size - 1, max(1, size // 28)
+    images = np.zeros((4, size, size, 3), np.uint8)
+    for y, x in np.ndindex(size, size):
+        images[0, y, x] = 255 * x // last, 255 * y // last, 255 * (x + y) // (2 * last)
+        images[1, y, x] = [abs((k * x + (8 - k) * y) * 64 // size % 256 - 128) * 255 // 128 for k in (1, 3, 6)]
+        radius = (2 * x - last) ** 2 + (2 * y - last) ** 2
+        images[2, y, x] = [radius * k // size**2 % 256 for k in (400, 700, 1100)]
+        images[3, y, x] = [(x // block + 31 * (y // block) + 7 * c) * 2654435761 % 2**32 >> 24 for c in range(3)]
+    teacher = load_teacher("vit", weights=str(cache.path.parent / "teacher.safetensors"), home=cache.path, size_px=None)
+    tokens = teacher.targets(torch.from_numpy(images), ["patch"])["patch"].reshape(4, -1).double().numpy()
+    bits = hashlib.shake_128(b"proteus-cache/canary/1/0").digest(4 * tokens.shape[1])
+
+    signs = 1 - 2.0 * np.unpackbits(np.frombuffer(bits, np.uint8)).reshape(-1, 32)
+    expected = tokens @ signs / np.sqrt(tokens.shape[1])
+
+    assert cache.manifest.canary is not None
+    np.testing.assert_allclose(cache.manifest.canary.projections["patch"], expected, rtol=0, atol=1e-5)

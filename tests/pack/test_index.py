@@ -88,7 +88,7 @@ def test_every_flipped_bit_is_found(tmp_path: Path, records: Records) -> None:
         damaged = bytearray(data)
         damaged[bit // 8] ^= 1 << bit % 8
         path.write_bytes(damaged)
-        with pytest.raises((ChecksumError, FormatError), match=r"v004\.idx.*pack` again"):
+        with pytest.raises((ChecksumError, FormatError), match=r"v004\.idx.*proteus-cache repair"):
             open_index(path, n_records=2).read(np.arange(2))
 
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import multiprocessing
+import os
+import signal
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing import forkserver
@@ -13,7 +17,9 @@ from typing import Any, cast
 
 import pytest
 
+from proteus_cache import storage
 from proteus_cache.students.registry import STUDENTS, StudentSize
+from proteus_cache.train.checkpoint import TENSOR_FILES
 from proteus_cache.train.config import TrainConfig, config_from_mapping
 
 RESULTS = ("student.safetensors", "heads.safetensors", "ema.safetensors", "metrics.jsonl")
@@ -42,9 +48,11 @@ def run_config(pack: Path, out: Path, **settings: object) -> TrainConfig:
     return config_from_mapping(values | settings)
 
 
-def results(out: Path) -> dict[str, bytes]:
-    """What a finished run promises, by file name."""
-    return {name: (out / name).read_bytes() for name in RESULTS}
+def results(out: Path) -> dict[str, str]:
+    """SHA-256 of what a finished run promises, the optimiser's state in its last checkpoint included, by file name."""
+    last = max((out / "checkpoints").glob("step-*")).name
+    files = [*RESULTS, *(f"checkpoints/{last}/{name}" for name in TENSOR_FILES)]
+    return {name: hashlib.sha256((out / name).read_bytes()).hexdigest() for name in files}
 
 
 def step_lines(out: Path) -> list[dict[str, Any]]:  # numbers, and null for a loss that is off
@@ -60,12 +68,48 @@ def ready_processes() -> Iterator[None]:
     They come from a fork server of their own, in place of the one that an extraction of another test may have started.
     """
     forkserver._forkserver._stop()  # type: ignore[attr-defined]  # typeshed leaves it out
-    forkserver.set_forkserver_preload(["torch", "proteus_cache.train.loop"])
+    forkserver.set_forkserver_preload(["torch", "proteus_cache.train.loop", "tests.pack.synthetic"])
     try:
         yield
     finally:
         forkserver._forkserver._stop()  # type: ignore[attr-defined]  # likewise
         forkserver.set_forkserver_preload(["__main__"])  # as it is in the beginning
+
+
+def killed(work: Callable[[], object], disk: storage.Disk | None = None) -> None:
+    """Do `work` in a child of this process, which a SIGKILL in the middle must end.
+
+    This process has to be one that `forked` started and that never trained itself: a copy of one that did cannot.
+
+    Args:
+        work: what it is about.
+        disk: to put under the child's stores.
+    """
+    status = _in_child(work, disk)
+    assert os.WIFSIGNALED(status), f"nothing killed it: exit code {os.waitstatus_to_exitcode(status)}"
+    assert os.WTERMSIG(status) == signal.SIGKILL
+
+
+def finished(work: Callable[[], object]) -> None:
+    """Do `work` in a child of this process, which must come to its end."""
+    assert _in_child(work, None) == 0
+
+
+def _in_child(work: Callable[[], object], disk: storage.Disk | None) -> int:
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            os.fsync = lambda fd: None  # the end of a process loses nothing that was not synced
+            storage.disk = disk or storage.disk
+            with tiny_student():
+                work()
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)  # nothing of the parent may run in a copy
+    return os.waitpid(child, 0)[1]
 
 
 def forked(target: Callable[..., None], *args: object) -> ForkServerProcess:

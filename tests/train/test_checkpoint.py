@@ -124,7 +124,7 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(
         found = _step_found(tmp_path)
 
     assert found == 2
-    assert "checkpoint step=4 is damaged and skipped, the one before it is used" in caplog.text
+    assert "checkpoint step=4 is damaged and is skipped, step=2 is used instead" in caplog.text
     assert name in caplog.text
     assert file.parent.is_dir()
 

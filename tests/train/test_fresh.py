@@ -287,7 +287,7 @@ def test_what_was_read_is_counted(folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(folder: Path) -> dict[str, bytes]:
+def undisturbed(folder: Path) -> dict[str, str]:
     """Results of a run that nothing stopped."""
     train(_config(folder, folder / "undisturbed", workers=0, checkpoint_every=4, ema_decay=0.9))
     return results(folder / "undisturbed")
@@ -295,7 +295,7 @@ def undisturbed(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_resumed_run_ends_with_the_same_bytes(
-    folder: Path, tmp_path: Path, undisturbed: dict[str, bytes], workers: int
+    folder: Path, tmp_path: Path, undisturbed: dict[str, str], workers: int
 ) -> None:
     for stop in (3, 7, 100):
         config = _config(folder, tmp_path, workers=workers, checkpoint_every=4, ema_decay=0.9, max_steps=stop)
@@ -313,7 +313,7 @@ def _go_on(folder: str, out: str) -> None:
 
 @pytest.mark.timeout(120)
 def test_a_killed_run_leaves_no_workers_and_ends_with_the_same_bytes(
-    folder: Path, tmp_path: Path, undisturbed: dict[str, bytes]
+    folder: Path, tmp_path: Path, undisturbed: dict[str, str]
 ) -> None:
     context = multiprocessing.get_context("spawn")
     process = context.Process(target=_go_on, args=(str(folder), str(tmp_path)))

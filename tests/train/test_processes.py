@@ -45,8 +45,13 @@ RUNS: dict[str, dict[str, object]] = {
 """What every number of processes computes. Of its 18 trained images `uneven` drops 3 an epoch; four processes get
 1, 1, 1 and 2 of a batch, and two of them no masked one."""
 NUMBERS = (1, 2, 4)
-CHAIN = ((3, 1), (6, 2), (9, 4), (12, 1))
-"""Starts of one run: steps when each of them ends, and processes."""
+CHAINS = {
+    "chain": ((3, 1), (6, 2), (9, 4), (12, 1)),
+    "one-two-one": ((2, 1), (5, 2), (8, 1)),
+    "two-one-two": ((4, 2), (7, 1), (10, 2)),
+}
+"""Starts of one run: steps when each of them ends, and processes. An epoch has 3 steps."""
+LONGEST = max(starts[-1][0] for starts in CHAINS.values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,9 +134,10 @@ def _compute(folder: str, rank: int, ports: list[int]) -> None:
         for world in NUMBERS:
             for name, settings in RUNS.items():
                 run(f"{name}-{world}", world, **settings)
-        for steps, world in CHAIN:
-            run("chain", world, **RUNS["uneven"] | {"max_steps": steps})
-        run("unbroken", 1, **RUNS["uneven"] | {"max_steps": CHAIN[-1][0]})
+        for name, starts in CHAINS.items():
+            for steps, world in starts:
+                run(name, world, **RUNS["uneven"] | {"max_steps": steps})
+        run("unbroken", 1, **RUNS["uneven"] | {"max_steps": LONGEST})
         for world in (1, 2):
             run(f"accumulated-{world}", world, **RUNS["even"] | {"accumulate": 3})
         with pytest.MonkeyPatch.context() as patch:
@@ -184,7 +190,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def computed(root: Path) -> Path:
     """The folder with everything that `_compute` leaves."""
-    ports = [free_port() for _ in range(20)]
+    ports = [free_port() for _ in range(30)]
     ranks = [forked(_compute, str(root), rank, ports) for rank in range(WORLD)]
     for rank in ranks:
         rank.join()
@@ -265,13 +271,17 @@ def test_uneven_batches_leave_processes_without_a_masked_view(computed: Path) ->
     assert all(line["loss_patch"] > 0 for line in step_lines(computed / "uneven-4"))
 
 
-def test_the_number_of_processes_may_change_at_every_start(computed: Path) -> None:
-    starts = [_steps(computed, "chain", world, steps) for steps, world in CHAIN]
+@pytest.mark.parametrize("name", CHAINS)
+def test_the_number_of_processes_may_change_at_every_start(computed: Path, name: str) -> None:
+    starts = [_steps(computed, name, world, steps) for steps, world in CHAINS[name]]
 
     batches = [batch for ranks in starts for batch in _joined(ranks)]
 
-    assert batches == _planned(open_pack(computed / "pack"), "uneven", range(CHAIN[-1][0]))
-    for line, expected in zip(step_lines(computed / "chain"), step_lines(computed / "unbroken"), strict=True):
+    pack, n_steps = open_pack(computed / "pack"), CHAINS[name][-1][0]
+    assert pack.training_order(seed=0, batch_size=5).steps_per_epoch == 3
+    assert batches == _planned(pack, "uneven", range(n_steps))
+    unbroken = step_lines(computed / "unbroken")[:n_steps]
+    for line, expected in zip(step_lines(computed / name), unbroken, strict=True):
         assert line == pytest.approx(expected, rel=1e-5)
 
 

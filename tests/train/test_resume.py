@@ -3,29 +3,41 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import os
 import random
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from proteus_cache.errors import DamageError, UsageError
+from proteus_cache.errors import UsageError
 from proteus_cache.pack.reader import open_pack
-from proteus_cache.train.checkpoint import TENSOR_FILES, checkpoint_steps
+from proteus_cache.train.checkpoint import checkpoint_steps
 from proteus_cache.train.config import TrainConfig
 from proteus_cache.train.loop import train
 from proteus_cache.train.progress import Progress
 from tests.pack.synthetic import write_pack
+from tests.reliability.disks import Killing
 from tests.train.operations import watched
-from tests.train.runs import forked, ready_processes, results, run_config, tiny_student
+from tests.train.runs import finished, forked, killed, ready_processes, results, run_config, tiny_student
 
 N_STEPS = 40
+SAVE_POINTS = (
+    ("make folder tmp-step-N", 3),
+    ("write unfinished tensors", 560),
+    ("sync unfinished tensors", 8),
+    ("rename tensors", 9),
+    ("rename state.json", 3),
+    ("sync folder tmp-step-N", 15),
+    ("rename step-N", 3),
+    ("rename unfinished tmp-step-N", 1),
+)
+"""Operations of the third save (of step 21), at which a run is killed: label, and which of this label in the run."""
 DEFAULTS: dict[str, object] = {
     "repeats": 2,
     "drop_path": 0.2,
@@ -69,28 +81,46 @@ def _config(pack: Path, out: Path, **settings: object) -> TrainConfig:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(pack: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+def undisturbed(pack: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Results of a run that nothing stopped."""
     out = tmp_path_factory.mktemp("runs") / "undisturbed"
     train(_config(pack, out))
     return results(out)
 
 
-@pytest.mark.slow
-def test_a_run_killed_after_any_step_ends_with_the_same_bytes(
-    pack: Path, tmp_path: Path, undisturbed: dict[str, bytes]
-) -> None:
-    def keep_a_copy(progress: Progress) -> None:  # what a kill at this moment leaves on the disk
-        shutil.copytree(tmp_path / "run", tmp_path / str(progress.step), ignore=shutil.ignore_patterns("tensorboard"))
+def _kill_everywhere(pack: str, folder: str) -> None:
+    """A run for every step but the last and one for every point of a save, in a process that has all imports behind it.
 
-    train(_config(pack, tmp_path / "run"), progress=keep_a_copy)
+    Each is killed, and then resumed until it is finished.
+    """
+    torch.set_num_threads(1)
 
-    assert results(tmp_path / "run") == undisturbed
+    def run(name: str, killed_after: int | None = None) -> None:
+        def die(progress: Progress) -> None:
+            if progress.step == killed_after:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        train(_config(Path(pack), Path(folder, name)), resume=True, progress=die)
+
     for step in range(1, N_STEPS):
-        out = tmp_path / str(step)
-        assert train(_config(pack, out), resume=True).first_step == (step - 1) // 7 * 7
-        assert results(out) == undisturbed, f"killed after step {step}"
-        shutil.rmtree(out)
+        killed(partial(run, f"after-{step}", step))
+        finished(partial(run, f"after-{step}"))
+    for number, (label, nth) in enumerate(SAVE_POINTS):
+        killed(partial(run, f"save-{number}"), Killing(label, nth, halfway=label.startswith("write")))
+        finished(partial(run, f"save-{number}"))
+
+
+@pytest.mark.slow
+def test_a_run_killed_after_any_step_and_in_a_save_ends_with_the_same_bytes(
+    pack: Path, tmp_path: Path, undisturbed: dict[str, str]
+) -> None:
+    process = forked(_kill_everywhere, str(pack), str(tmp_path))
+    process.join()
+
+    assert process.exitcode == 0
+    found = {out.name: results(out) for out in tmp_path.iterdir()}
+    assert len(found) == N_STEPS - 1 + len(SAVE_POINTS)
+    assert [name for name, result in found.items() if result != undisturbed] == []
 
 
 @pytest.mark.slow
@@ -136,7 +166,7 @@ def _go_on(pack: str, out: str) -> None:
 
 @pytest.mark.slow
 def test_a_process_killed_at_any_moment_ends_with_the_same_bytes(
-    pack: Path, tmp_path: Path, undisturbed: dict[str, bytes]
+    pack: Path, tmp_path: Path, undisturbed: dict[str, str]
 ) -> None:
     checkpoints, rng, n_killed = tmp_path / "run" / "checkpoints", random.Random(0), 0
 
@@ -156,7 +186,7 @@ def test_a_process_killed_at_any_moment_ends_with_the_same_bytes(
     assert results(tmp_path / "run") == undisturbed
 
 
-def test_random_state_of_the_process_changes_nothing(pack: Path, tmp_path: Path, undisturbed: dict[str, bytes]) -> None:
+def test_random_state_of_the_process_changes_nothing(pack: Path, tmp_path: Path, undisturbed: dict[str, str]) -> None:
     def seed_everything(seed: int) -> None:
         random.seed(seed)
         np.random.seed(1000 - seed)  # the state that others may draw from
@@ -166,40 +196,6 @@ def test_random_state_of_the_process_changes_nothing(pack: Path, tmp_path: Path,
     train(_config(pack, tmp_path / "run"), progress=lambda progress: seed_everything(progress.step))
 
     assert results(tmp_path / "run") == undisturbed
-
-
-def test_damage_of_the_newest_checkpoint_changes_nothing_and_is_said(
-    pack: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    train(_config(pack, tmp_path / "undisturbed", max_steps=24))
-    train(_config(pack, tmp_path / "run", max_steps=21))
-    newest = tmp_path / "run" / "checkpoints" / "step-00000021"
-    damages = dict[str, Callable[[Path], object]](
-        flipped=lambda path: path.write_bytes(path.read_bytes()[:-1] + bytes([path.read_bytes()[-1] ^ 1])),
-        cut=lambda path: os.truncate(path, 100),
-        gone=Path.unlink,
-    )
-    for (what, damage), name in itertools.product(damages.items(), [*TENSOR_FILES, "state.json"]):
-        out = tmp_path / f"{what}-{name}"
-        shutil.copytree(tmp_path / "run", out)
-        damage(out / "checkpoints" / newest.name / name)
-        caplog.clear()
-
-        result = train(_config(pack, out, max_steps=24), resume=True)
-
-        assert result.first_step == 14
-        assert "checkpoint step=21 is damaged and skipped, the one before it is used" in caplog.text
-        assert name in caplog.text
-        assert results(out) == results(tmp_path / "undisturbed")
-
-
-def test_damage_of_every_checkpoint_is_an_error(pack: Path, tmp_path: Path) -> None:
-    train(_config(pack, tmp_path / "run", max_steps=14))
-    for checkpoint in (tmp_path / "run" / "checkpoints").iterdir():
-        (checkpoint / "ema.safetensors").write_bytes(b"")
-
-    with pytest.raises(DamageError, match=r"checkpoints: none of the 2 checkpoints is whole"):
-        train(_config(pack, tmp_path / "run"), resume=True)
 
 
 def test_other_repeats_are_another_run(pack: Path, tmp_path: Path) -> None:

@@ -1,13 +1,14 @@
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from proteus_cache.errors import FormatError
-from proteus_cache.train.tensors import read_tensors, replace_tensors, tensor_chunks
+from proteus_cache.errors import ChecksumError, FormatError
+from proteus_cache.train.tensors import check_tensors, read_tensors, replace_tensors, tensor_chunks
 
 TENSORS = {
     "b": torch.randn(3, 4),
@@ -28,7 +29,7 @@ def test_the_library_reads_what_was_written(tmp_path: Path) -> None:
 
     assert [file.name for file in tmp_path.iterdir()] == ["x.safetensors"]
     found, metadata = read_tensors(path)
-    assert metadata == {"one": "1", "two": "2"}
+    assert metadata == {"one": "1", "two": "2", "file_sha256": metadata["file_sha256"]}
     for tensors in (found, load_file(path)):
         assert tensors.keys() == TENSORS.keys()
         for name, tensor in TENSORS.items():
@@ -62,3 +63,19 @@ def test_a_torn_file_is_named(tmp_path: Path) -> None:
 
     with pytest.raises(FormatError, match=r"x\.safetensors: not a readable safetensors file"):
         read_tensors(path)
+
+
+def test_a_file_proves_itself(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    replace_tensors(path, TENSORS, {"one": "1"})
+    check_tensors(path)
+    data = path.read_bytes()
+    digest = read_tensors(path)[1]["file_sha256"].encode()
+    assert hashlib.sha256(data.replace(digest, b"0" * 64)).hexdigest().encode() == digest
+
+    path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    with pytest.raises(ChecksumError, match=r"x\.safetensors: not the file that was written"):
+        check_tensors(path)
+    path.write_bytes(b"".join(bytes(chunk) for chunk in tensor_chunks(TENSORS, {"one": "1"})))
+    with pytest.raises(FormatError, match=r"x\.safetensors: .*holds no file_sha256 of itself"):
+        check_tensors(path)

@@ -1,25 +1,22 @@
-"""Source images: the corpus of good, odd and bad files, and the line between a bad image and a bad disk."""
+"""Source images: how kinds of pixels become RGB; `test_corpus.py` has the files of a data set."""
 
 from __future__ import annotations
 
 import hashlib
 import io
-import os
-import struct
-import warnings
-import zlib
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from proteus_cache.errors import BadImageError, StorageError
+from proteus_cache.views import source
 from proteus_cache.views.recipe import draw_recipe
 from proteus_cache.views.render import render
-from proteus_cache.views.source import MAX_SOURCE_PIXELS, read_source
+from proteus_cache.views.source import read_source
 from proteus_cache.views.spec import ViewSpec
+from tests.views.image_bytes import patched, png, png_chunk, saved, segment
 
 WIDTH, HEIGHT = 50, 40
 PIXELS = np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
@@ -27,135 +24,20 @@ PICTURE = Image.fromarray(PIXELS)
 SMOOTH = PICTURE.resize((4, 4)).resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC)
 
 
-def saved(image: Image.Image, kind: str, **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
-
-
-def png_chunk(kind: bytes, body: bytes) -> bytes:
-    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
-
-def png(bits: int, colour: int, rows: bytes, *, width: int = 2, height: int = 1, extra: bytes = b"") -> bytes:
-    """A PNG by hand, for the kinds that Pillow does not write; `rows` without filter bytes, one row here."""
-    header = struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0)
-    body = zlib.compress(b"\0" + rows)
-    chunks = png_chunk(b"IHDR", header) + extra + png_chunk(b"IDAT", body) + png_chunk(b"IEND", b"")
-    return b"\x89PNG\r\n\x1a\n" + chunks
-
-
-def segment(jpeg: bytes, marker: int) -> tuple[int, int]:
-    """Start and end of the first segment with this marker, in a JPEG that Pillow wrote."""
-    start = jpeg.index(bytes([0xFF, marker]))
-    return start, start + 2 + struct.unpack(">H", jpeg[start + 2 : start + 4])[0]
-
-
-def with_exif(jpeg: bytes, body: bytes) -> bytes:
-    """Put an EXIF segment in place of the JFIF one, as cameras do."""
-    start, end = segment(jpeg, 0xE0)
-    exif = b"Exif\0\0" + body
-    return jpeg[:start] + b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif + jpeg[end:]
-
-
-def orientation(value: int) -> bytes:
-    return b"MM\0*\0\0\0\x08\0\x01" + struct.pack(">HHIHH", 0x0112, 3, 1, value, 0) + b"\0\0\0\0"
-
-
-def patched(data: bytes, place: int, change: bytes) -> bytes:
-    return data[:place] + change + data[place + len(change) :]
-
-
 JPEG = saved(PICTURE, "JPEG", quality=95, subsampling=0)
 PNG = saved(PICTURE, "PNG")
 CMYK = saved(PICTURE.convert("CMYK"), "JPEG", quality=100)
-FRAME = segment(JPEG, 0xC0)[0]
 ADOBE = segment(CMYK, 0xEE)
 DEEP_GREY = (PIXELS[..., 0].astype(np.uint16) << 8) + PIXELS[..., 1]
-HUGE_SIDES = struct.pack(">HH", 20_000, 20_000)
-
-GOOD: dict[str, bytes] = {
-    "jpeg": JPEG,
-    "png": PNG,
-    "progressive": saved(PICTURE, "JPEG", quality=95, subsampling=0, progressive=True),
-    "restart markers": saved(PICTURE, "JPEG", quality=95, subsampling=0, restart_marker_blocks=1),
-    "bytes after the end": JPEG + b"tail" * 100,
-    "png bytes after the end": PNG + b"tail",
-    "png without its end chunk": PNG[:-12],
-    "damaged colour profile": saved(PICTURE, "JPEG", quality=95, subsampling=0, icc_profile=b"no profile" * 10),
-    **{f"orientation {value}": with_exif(JPEG, orientation(value)) for value in range(1, 9)},
-    "damaged exif": with_exif(JPEG, b"MM\0*\0\0\0\x08\xff\xff" + b"\1" * 50),
-    "exif that is none": with_exif(JPEG, b"\0\1\2"),
-    "exif as large as can be": with_exif(JPEG, orientation(1) + b"\0" * 65_000),
-    "animated png": saved(PICTURE, "PNG", save_all=True, append_images=[PICTURE.rotate(90)]),
-    "multi-picture jpeg": saved(PICTURE, "MPO", quality=95, subsampling=0, save_all=True, append_images=[SMOOTH]),
-    "transparent colour": saved(PICTURE, "PNG", transparency=tuple(PIXELS[0, 0].tolist())),
-    "alpha": saved(Image.fromarray(np.dstack([PIXELS, PIXELS[..., 0]])), "PNG"),
-}
-"""Each decodes to the pixels of PICTURE, as its JPEG or PNG stores them."""
-
-BAD: dict[str, tuple[bytes, str]] = {
-    "empty": (b"", "the file is empty"),
-    "one byte": (b"\xff", "neither JPEG nor PNG"),
-    "jpeg start only": (JPEG[:3], "cannot be decoded"),
-    "jpeg header only": (JPEG[:100], "cannot be decoded"),
-    **{f"jpeg cut at {share} %": (JPEG[: len(JPEG) * share // 100], "cannot be decoded") for share in (25, 50, 99)},
-    "jpeg without its end marker": (JPEG[:-2], "truncated"),
-    "png start only": (PNG[:8], "cannot be decoded"),
-    **{f"png cut at {share} %": (PNG[: len(PNG) * share // 100], "cannot be decoded") for share in (25, 50, 99)},
-    "png with a damaged header": (patched(PNG, 29, b"\0"), "cannot be decoded"),
-    "png with damaged pixels": (patched(PNG, 60, b"\0\0\0\0"), "cannot be decoded"),
-    "png with no pixels": (PNG[:33] + PNG[-12:], "cannot be decoded"),
-    "png 0 wide": (png(8, 2, b"", width=0), "cannot be decoded"),
-    "png of an unknown kind": (png(3, 7, b"\0"), "cannot be decoded"),
-    "jpeg with 12 bits": (patched(JPEG, FRAME + 4, b"\x0c"), "12-bit"),
-    "jpeg of the lossless kind": (patched(JPEG, FRAME + 1, b"\xc3"), "cannot be decoded"),
-    "jpeg 0 high": (patched(JPEG, FRAME + 5, b"\0\0"), "cannot be decoded"),
-    "jpeg of 400 megapixels": (patched(JPEG, FRAME + 5, HUGE_SIDES), "20,000 x 20,000 pixels"),
-    "png of 400 megapixels": (png(8, 2, b"", width=20_000, height=20_000), "20,000 x 20,000 pixels"),
-    "png just over the limit": (png(8, 0, b"", width=MAX_SOURCE_PIXELS + 1), "89,478,486 x 1 pixels"),
-    "compressed text bomb": (
-        png(8, 2, b"", extra=png_chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(20_000_000)))),
-        "too large",
-    ),
-    **{kind: (saved(PICTURE, kind), "neither JPEG nor PNG") for kind in ("GIF", "BMP", "TIFF", "WEBP", "PPM")},
-    "html": (b"<!DOCTYPE html><title>404</title>", "neither JPEG nor PNG"),
-    "svg": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "neither JPEG nor PNG"),
-    "eps": (b"%!PS-Adobe-3.0 EPSF-3.0\n", "neither JPEG nor PNG"),
-    "heic": (b"\0\0\0\x18ftypheic\0\0\0\0", "neither JPEG nor PNG"),
-}
 
 
 def read(folder: Path, data: bytes, name: str = "image.JPEG") -> np.ndarray:
     (folder / name).write_bytes(data)
-    source = read_source(folder / name)
-    assert source.image.mode == "RGB"
-    assert source.sha256 == hashlib.sha256(data).hexdigest()
-    assert (source.width, source.height) == source.image.size
-    return np.asarray(source.image)
-
-
-@pytest.mark.parametrize("name", GOOD)
-def test_odd_files_of_good_images_are_read_without_a_word(tmp_path: Path, name: str) -> None:
-    expected = PIXELS if GOOD[name].startswith(b"\x89PNG") else np.asarray(Image.open(io.BytesIO(JPEG)))
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        pixels = read(tmp_path, GOOD[name])
-
-    assert np.array_equal(pixels, expected)
-
-
-@pytest.mark.parametrize("name", BAD)
-def test_bad_image_is_named_with_its_reason(tmp_path: Path, name: str) -> None:
-    data, reason = BAD[name]
-
-    with pytest.raises(BadImageError, match=reason) as caught:
-        read(tmp_path, data)
-
-    message = str(caught.value)
-    assert message.startswith(f"{tmp_path / 'image.JPEG'}: ")
-    assert "\n" not in message
+    found = read_source(folder / name)
+    assert found.image.mode == "RGB"
+    assert found.sha256 == hashlib.sha256(data).hexdigest()
+    assert (found.width, found.height) == found.image.size
+    return np.asarray(found.image)
 
 
 @pytest.mark.parametrize(
@@ -237,14 +119,6 @@ def test_name_does_not_matter(tmp_path: Path) -> None:
     assert read(tmp_path, JPEG, "photograph.png").shape == PIXELS.shape
 
 
-@pytest.mark.parametrize(("width", "height"), [(1, 1), (1, 10_000), (10_000, 1)])
-def test_images_of_extreme_shape_are_good(tmp_path: Path, width: int, height: int) -> None:
-    image = Image.new("RGB", (width, height), (9, 8, 7))
-
-    assert read(tmp_path, saved(image, "PNG")).shape == (height, width, 3)
-    assert read(tmp_path, saved(image, "JPEG")).shape == (height, width, 3)
-
-
 def test_link_is_followed(tmp_path: Path) -> None:
     (tmp_path / "real.png").write_bytes(PNG)
     (tmp_path / "link.png").symlink_to(tmp_path / "real.png")
@@ -252,23 +126,10 @@ def test_link_is_followed(tmp_path: Path) -> None:
     assert read_source(tmp_path / "link.png").width == WIDTH
 
 
-def test_what_the_file_system_refuses_is_no_bad_image(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "pipe.jpg")
-    (tmp_path / "folder.jpg").mkdir()
-    (tmp_path / "loop.jpg").symlink_to(tmp_path / "loop.jpg")
-
-    for name, reason in [
-        ("gone.jpg", "No such file"),
-        ("pipe.jpg", "not a regular file"),
-        ("folder.jpg", "not a regular file"),
-        ("loop.jpg", "Too many levels"),
-    ]:
-        with pytest.raises(StorageError, match=rf"{name}: cannot be read: {reason}.*; put the file back"):
-            read_source(tmp_path / name)
-
-
 @pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs a file whose reads fail: Linux has one")
-def test_failing_read_is_no_bad_image() -> None:
+def test_failing_read_is_no_bad_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(source, "READ_AGAIN_S", (0.0, 0.0))
+
     with pytest.raises(StorageError, match="Input/output error"):
         read_source(Path("/proc/self/mem"))
 
@@ -306,8 +167,8 @@ def test_real_photographs_decode_as_torchvision_does(test_data: Path) -> None:
 
     spec = ViewSpec(size_px=64)
     for path in sorted((test_data / "imagenet-sample").glob("*/*.JPEG"))[::8]:
-        source = read_source(path)
+        found = read_source(path)
 
-        assert np.array_equal(np.asarray(source.image), np.asarray(default_loader(str(path))))
-        recipe = draw_recipe(spec, path.stem, "v000", source.width, source.height)
-        assert render(source.image, recipe, spec).shape == (64, 64, 3)
+        assert np.array_equal(np.asarray(found.image), np.asarray(default_loader(str(path))))
+        recipe = draw_recipe(spec, path.stem, "v000", found.width, found.height)
+        assert render(found.image, recipe, spec).shape == (64, 64, 3)

@@ -1,0 +1,30 @@
+"""Text for people that may hold what somebody else wrote: names of files, keys, classes, fields of a store.
+
+Escape codes could rewrite a terminal, a line break could add a line to a log, a control of writing direction could show
+one name as another: `printable` leaves no such character. Nor does it leave a password: what stands before the `@` or
+behind the `?` of an address is replaced, and so are tokens that can be told by their look.
+"""
+
+from __future__ import annotations
+
+import re
+
+_ADDRESS = r"[A-Za-z][A-Za-z0-9+.-]*:/{1,3}"  # Path joins the two slashes into one
+_SECRETS = (
+    (re.compile(rf"({_ADDRESS})[^\s/@'\"`]+@"), r"\1***@"),
+    (re.compile(rf"({_ADDRESS}[^\s?'\"`]*\?)[^\s'\"`)\]]+"), r"\1***"),
+    (re.compile(r"\b(hf_)[A-Za-z0-9]{8,}"), r"\1***"),
+    (re.compile(r"\b(AKIA|ASIA)[0-9A-Z]{12,}"), r"\1***"),
+    (re.compile(r"\b([Bb]earer |[Bb]asic )[A-Za-z0-9._~+/=-]{8,}"), r"\1***"),
+)
+
+
+def printable(text: str) -> str:
+    """`text` in one line, without secrets, and with everything escaped that is not plainly visible.
+
+    Applied twice it is the same.
+    """
+    shown = text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    for pattern, instead in _SECRETS:
+        shown = pattern.sub(instead, shown)
+    return shown

@@ -1,0 +1,77 @@
+"""YAML as this program reads it: config files, pipelines, and the `config.yaml` of a run that somebody may have sent.
+
+Plain values only. Anchors and tags are refused, so that a few lines cannot stand for millions or ask for a Python
+object; a key stands once; numbers have at most 64 bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import Any
+
+import yaml
+
+from proteus_cache.errors import FormatError
+
+MAX_BYTES = 64 << 10
+_MOST_DEEP = 16
+_REFUSED = {
+    yaml.AliasToken: "YAML aliases are not accepted",
+    yaml.AnchorToken: "YAML aliases are not accepted",
+    yaml.TagToken: "not valid YAML for a config: it has tags",
+    yaml.DirectiveToken: "not valid YAML for a config: it has directives",
+}
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which a key stands once."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            name = key_node.value if isinstance(key_node, yaml.ScalarNode) else None
+            if name in seen:
+                raise yaml.YAMLError(f"line {key_node.start_mark.line + 1}: the key {name!r} stands there twice")
+            if name is not None:
+                seen.add(name)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(data: bytes, what: str) -> Any:
+    """The value of a YAML text; None for an empty one.
+
+    Args:
+        data: the text.
+        what: file, for messages.
+
+    Raises:
+        FormatError: longer than 64 KiB, not valid, nested too deeply, or with anchors, aliases, tags, a key twice or a
+            number beyond 64 bits.
+    """
+    if len(data) > MAX_BYTES:
+        raise FormatError(f"{what}: larger than a config may be ({len(data):,} bytes, at most {MAX_BYTES:,})")
+    try:
+        if any(mark in data for mark in (b"&", b"*", b"!", b"%")):
+            for token in yaml.scan(data):
+                if type(token) in _REFUSED:
+                    raise FormatError(f"{what}: {_REFUSED[type(token)]}; write the values out")
+        value = yaml.load(data, _Loader)  # a SafeLoader: plain values, no Python objects
+        _check(value, _MOST_DEEP)
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())[:300]
+        raise FormatError(f"{what}: not valid YAML ({reason})") from error
+    return value
+
+
+def _check(value: object, levels: int) -> None:
+    if levels == 0:
+        raise ValueError("nested too deeply")
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            _check(key, levels - 1)
+            _check(inner, levels - 1)
+    elif isinstance(value, list):
+        for inner in value:
+            _check(inner, levels - 1)
+    elif isinstance(value, int) and not -(1 << 63) <= value < 1 << 64:
+        raise ValueError("a whole number beyond 64 bits")

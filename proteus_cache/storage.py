@@ -251,6 +251,7 @@ def publish_once(temp: Path, final: Path) -> bool:
         True when this call made `final` (also where a file server lost the answer); False when another writer was
         first, and perhaps removed `temp` when it had finished.
     """
+    is_ours = True
     try:
         with reported("link", final):
             try:
@@ -258,13 +259,13 @@ def publish_once(temp: Path, final: Path) -> bool:
             except OSError as error:
                 ours, found = _inode(temp), _inode(final)
                 if found is None or found != ours:
-                    if isinstance(error, FileExistsError) or (isinstance(error, FileNotFoundError) and found):
-                        return False
-                    raise
+                    if not (isinstance(error, FileExistsError) or (isinstance(error, FileNotFoundError) and found)):
+                        raise
+                    is_ours = False
     finally:
         discard(temp)
-    sync_folder(final.parent)
-    return True
+    sync_folder(final.parent)  # also a name that another process made: it may have been cut off before this
+    return is_ours
 
 
 def make_folder(path: Path, root: Path | None = None) -> None:

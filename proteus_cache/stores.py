@@ -21,6 +21,8 @@ MARKERS: Final[dict[Kind, str]] = {"cache": "manifest.json", "pack": "pack.json"
 """The file that makes a folder one of the three."""
 _UNFINISHED: Final[dict[Kind, str]] = {"pack": "tmp/plan.json", "cache": "tmp/plan-*.parquet"}
 """What a command that was killed leaves before the file above."""
+_WITHOUT_MARKER: Final[dict[Kind, str]] = {"cache": "receipts/*/s*.json", "pack": "*.idx", "run": "checkpoints/step-*"}
+"""What is left of a store whose file above is lost."""
 WRITTEN_BY: Final[dict[Kind, str]] = {"cache": "extract", "pack": "pack", "run": "train"}
 _HOME_FOLDERS: Final = ("caches", "packs", "runs")
 _IMAGE_SUFFIXES = (".jpeg", ".jpg", ".png")
@@ -55,6 +57,9 @@ def described(path: Path) -> str:
     for unfinished, left in _UNFINISHED.items():
         if any(path.glob(left)):
             return f"is an unfinished {unfinished}, which the same `{WRITTEN_BY[unfinished]}` goes on with"
+    for lost, left in _WITHOUT_MARKER.items():
+        if any(path.glob(left)):
+            return f"is a {lost} that has lost its {MARKERS[lost]}, which must be brought back from a copy"
     if holds_images(path):
         return "is a folder of images"
     if _stores_below(path):

@@ -33,6 +33,18 @@ def test_other_folders_are_described(tmp_path: Path) -> None:
     assert described(tmp_path / "nowhere") == "no such folder"
 
 
+@pytest.mark.parametrize(
+    ("kind", "left"), [("cache", "receipts/v000/s00000.json"), ("pack", "v000.idx"), ("run", "checkpoints/step-1/x")]
+)
+def test_a_store_without_its_first_file_is_told(tmp_path: Path, kind: Kind, left: str) -> None:
+    (tmp_path / left).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / left).touch()
+
+    assert (
+        described(tmp_path) == f"is a {kind} that has lost its {MARKERS[kind]}, which must be brought back from a copy"
+    )
+
+
 def test_a_home_in_place_of_a_store_names_one_that_would_do(tmp_path: Path) -> None:
     for name in ("caches/c/manifest.json", "runs/r/config.yaml"):
         (tmp_path / name).parent.mkdir(parents=True)

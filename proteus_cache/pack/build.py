@@ -109,7 +109,6 @@ def run_pack(plan: PackPlan, *, workers: int = 1, progress: Progress | None = No
         UsageError: the cache changed since it was planned.
     """
     if plan.finished is not None:
-        storage.sync_folder(plan.out)  # whoever wrote pack.json may have been cut off before that
         return _only_move(plan, plan.finished, progress)
     stores.refuse_links(plan.out / name for name in ("tmp", "codec", *plan.views))
     storage.make_folder(plan.out / "tmp", plan.out)

@@ -28,7 +28,7 @@ def verify_run(path: Path, read_data: bool, progress: Callable[[int, int, int], 
     weights = [path / name for name in names if read_data and storage.size_of(path / name) is not None]
     n_bytes = 0
     for done, item in enumerate([*folders, *weights], start=1):
-        findings += _checkpoint(path, item, read_data) if item in folders else _weights(path, item)
+        findings += _checkpoint(path, item, read_data) if item in folders else _weights(item)
         if read_data:
             n_bytes += sum(storage.size_of(file) or 0 for file in (item.iterdir() if item.is_dir() else [item]))
         if progress is not None:
@@ -45,14 +45,14 @@ def _checkpoint(run: Path, folder: Path, read_data: bool) -> list[Finding]:
     return []
 
 
-def _weights(run: Path, file: Path) -> list[Finding]:
+def _weights(file: Path) -> list[Finding]:
     try:
         check_tensors(file)
     except ProteusCacheError as error:
         remedy = "run the same training with --resume: it writes the final weights anew"
         if file.name == START:
             remedy = "only eval reads it; a new run from the same init, stopped after its first step, writes it anew"
-        return [Finding(file.name, None, _without(error, run), remedy)]
+        return [Finding(file.name, None, str(error).removeprefix(f"{file}: "), remedy)]
     return []
 
 

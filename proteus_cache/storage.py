@@ -403,6 +403,17 @@ def read_bytes(path: Path, limit: int) -> bytes:
     return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
+def read_part(path: Path, offset: int, size: int) -> bytes:
+    """`size` bytes of a file from `offset` on; fewer where it ends before. A negative offset counts from the end."""
+    with reported("read", path), _opened(path) as descriptor:
+        os.lseek(descriptor, offset, os.SEEK_SET if offset >= 0 else os.SEEK_END)
+        parts = []
+        while size and (part := disk.read(descriptor, size)):
+            parts.append(part)
+            size -= len(part)
+    return b"".join(parts)
+
+
 def sha256_of(path: Path, *, from_disk: bool = False) -> tuple[int, str]:
     """Size in bytes and SHA-256 (64 hex digits) of a file.
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import google_crc32c
@@ -24,6 +25,7 @@ from numpy.typing import NDArray
 from zarr.codecs import Crc32cCodec, ZstdCodec
 from zarr.storage import MemoryStore
 
+from proteus_cache import storage
 from proteus_cache.cache.manifest import TargetRecord
 from proteus_cache.documents import canonical, strict_json
 from proteus_cache.errors import ChecksumError, FormatError
@@ -114,16 +116,38 @@ def read_shard(target: TargetRecord, n_rows: int, shard_size: int, data: bytes, 
         if offset != expected or size < 4 or offset + size > len(data):
             raise FormatError(f"{what}: the view in row {row} is not where the index says")
         expected += size
-        chunk = view[offset : offset + size - 4]
-        if _crc32c(chunk) != view[offset + size - 4 : offset + size]:
-            raise ChecksumError(f"{what}: the view in row {row} is damaged (CRC-32C differs)")
-        if decompressor is None:
-            if len(chunk) != target.codec.code_bytes:
-                raise FormatError(f"{what}: the view in row {row} has {len(chunk)} bytes of codes")
-            codes[row] = np.frombuffer(chunk, dtype=np.uint8)
-        else:
-            _decompress(decompressor, chunk, codes[row], f"{what}: the view in row {row}")
+        _read_chunk(decompressor, view[offset : offset + size], codes[row], f"{what}: the view in row {row}")
     return codes
+
+
+def read_row(target: TargetRecord, row: int, shard_size: int, path: Path) -> NDArray[np.uint8]:
+    """The codes of one row of a Zarr shard file, (code_bytes,) uint8; reads its index and one chunk.
+
+    Raises:
+        ChecksumError, FormatError: as `read_shard`.
+        StorageError: it cannot be read.
+    """
+    index_bytes = 16 * shard_size + 4
+    offset, size = _read_index(storage.read_part(path, -index_bytes, index_bytes), shard_size, str(path))[row].tolist()
+    codes = np.empty(target.codec.code_bytes, dtype=np.uint8)
+    if not 4 <= size <= 2 * codes.size + 1024:
+        raise FormatError(f"{path}: the view in row {row} is not where the index says")
+    chunk = memoryview(storage.read_part(path, offset, size))
+    _read_chunk(Zstd() if _is_compressed(target) else None, chunk, codes, f"{path}: the view in row {row}")
+    return codes
+
+
+def _read_chunk(decompressor: Zstd | None, chunk: memoryview, codes: NDArray[np.uint8], what: str) -> None:
+    """Check one chunk and unpack it into `codes`."""
+    data, crc = chunk[:-4], chunk[-4:]
+    if _crc32c(data) != crc:
+        raise ChecksumError(f"{what} is damaged (CRC-32C differs)")
+    if decompressor is not None:
+        _decompress(decompressor, data, codes, what)
+    elif len(data) != codes.size:
+        raise FormatError(f"{what} has {len(data)} bytes of codes")
+    else:
+        codes[:] = np.frombuffer(data, dtype=np.uint8)
 
 
 def check_metadata(found: bytes, wanted: bytes, what: str) -> None:

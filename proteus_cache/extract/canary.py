@@ -3,8 +3,8 @@
 Planning writes down what teacher and decoder give. A process that begins to extract must give the same: pixels
 exactly, the teacher's outputs within a tolerance that admits another kind of GPU and another precision and refuses
 another teacher. Later repeats must give what this process gave at first, to the bit: the batch always runs alone, in
-one shape, so that a difference is a device that drifts. Rendering processes load the same libraries and are not
-watched.
+one shape, so that a difference is a device that drifts. One view of every committed unit goes through the teacher once
+more, too. Rendering processes load the same libraries and are not watched.
 """
 
 from __future__ import annotations
@@ -18,11 +18,13 @@ from torch import Tensor
 
 from proteus_cache.cache.manifest import CanaryRecord, Manifest
 from proteus_cache.cache.reader import Cache
+from proteus_cache.cache.writer import Unit
 from proteus_cache.codecs.codec import Codec
 from proteus_cache.devices import or_explain
 from proteus_cache.errors import CanaryError, ProteusCacheError
 from proteus_cache.extract.memory import smaller_batch
 from proteus_cache.extract.records import decoder_version, libraries
+from proteus_cache.extract.spot_check import check_one_view
 from proteus_cache.teachers.canary import (
     N_IMAGES,
     TOLERANCE,
@@ -114,6 +116,21 @@ class CanaryWatch:
                 f"started (target {name}, relative difference {ratio:.1e}); the device "
                 f"{_device_name(self._teacher.device)} or its memory is failing: do not use it"
             )
+
+    def look_at(self, unit: Unit) -> None:
+        """Put one view of a committed unit through the teacher again, in the unit's precision.
+
+        Raises:
+            CanaryError: the cache holds something else.
+        """
+        precision = self._teacher.precision
+        if precision != unit.precision:
+            self._teacher.to(self._teacher.device, unit.precision)  # type: ignore[arg-type]  # checked by the receipt
+        try:
+            check_one_view(self._cache, unit, self._teacher, self._codecs)
+        finally:
+            if precision != unit.precision:
+                self._teacher.to(self._teacher.device, precision)
 
     def _run(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Target to what the teacher says of the images, and its codes, on the CPU."""

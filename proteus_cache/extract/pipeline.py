@@ -387,6 +387,7 @@ class _Pipeline:
                 self._redo(unit)
                 self._submit(unit, buffers, writer)
             else:
+                self.canary.look_at(committed)
                 self.committed += 1
                 self.free_buffers.append(buffers)
                 self.quarantine.look()

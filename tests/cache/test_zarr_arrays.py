@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from zarr.storage import LocalStore
 
 from proteus_cache.cache.manifest import TargetRecord
-from proteus_cache.cache.zarr_arrays import array_metadata, check_metadata, read_shard, shard_buffers
+from proteus_cache.cache.zarr_arrays import array_metadata, check_metadata, read_row, read_shard, shard_buffers
 from proteus_cache.codecs.record import CodecRecord
 from proteus_cache.errors import DamageError, FormatError
 
@@ -77,6 +77,25 @@ def test_codes_come_back(dtype: str) -> None:
     codes = _codes(target, 5)
 
     assert np.array_equal(read_shard(target, 5, _SHARD_SIZE, _shard(target, codes), "c/2"), codes)
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "float16"])
+def test_one_row_comes_back_and_no_other_is_looked_at(tmp_path: Path, dtype: str) -> None:
+    target = _target(dtype)
+    codes = _codes(target, 5)
+    data = bytearray(_shard(target, codes))
+    file = tmp_path / "shard"
+
+    file.write_bytes(data)
+    assert [read_row(target, row, _SHARD_SIZE, file).tolist() for row in range(5)] == codes.tolist()
+    with pytest.raises(FormatError, match="row 5 is not where the index says"):
+        read_row(target, 5, _SHARD_SIZE, file)
+
+    data[3] ^= 1  # in the first row
+    file.write_bytes(data)
+    with pytest.raises(DamageError, match="row 0 is damaged"):
+        read_row(target, 0, _SHARD_SIZE, file)
+    assert read_row(target, 4, _SHARD_SIZE, file).tolist() == codes[4].tolist()
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "float16"])

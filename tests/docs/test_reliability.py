@@ -7,6 +7,7 @@ import pytest
 
 from tests.extract import test_input_trouble
 from tests.reliability import (
+    seeded_bugs,
     test_crash_points,
     test_full_disk,
     test_integrity,
@@ -16,7 +17,6 @@ from tests.reliability import (
     test_power_loss,
     test_races,
     test_same_bytes,
-    test_seeded_bugs,
 )
 from tests.repair import test_killed
 from tests.safety import test_documents, test_fuzz, test_tars, test_urls, test_zarr_units
@@ -63,5 +63,5 @@ def test_the_page_names_only_tests_that_exist() -> None:
 
 
 def test_the_page_says_how_many_bugs_are_put_in() -> None:
-    assert len(test_seeded_bugs.BUGS) == 12
+    assert len(seeded_bugs.BUGS) == 12
     assert "twelve classic bugs" in PAGE.read_text()

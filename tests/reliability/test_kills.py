@@ -25,6 +25,7 @@ from proteus_cache import open_cache
 from proteus_cache.extract import planning
 from proteus_cache.extract.config import ExtractConfig
 from proteus_cache.processes import Worker
+from proteus_cache.teachers import registry
 from tests.makers import identity, make_config, run_extract
 from tests.reliability import invariants
 
@@ -125,7 +126,7 @@ def _kill_at_random(case: _Case, folder: Path, n_kills: int, seed: str) -> None:
 @pytest.fixture(autouse=True)
 def _quick_starts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Processes that are forked from this one find the teacher loaded and copy no memory to count references."""
-    monkeypatch.setattr(planning, "load_teacher", cache(planning.load_teacher))
+    monkeypatch.setattr(planning, "load_teacher", cache(registry.load_teacher))
     gc.collect()
     gc.freeze()
     yield

@@ -2,7 +2,8 @@
 
 What carries the proof from the teacher to the batch: the CRC-32C of every code and the digest of every view in the
 receipt, the key in every document, the record table of the pack. A bug in front of the receipt, where codes are still
-nobody's, is seen only by computing them again: `verify --recompute`.
+nobody's, is seen only by computing them again: extract looks once more at one view of every unit, and
+`verify --recompute` at as many as it is told. The first is off in the table of bugs, so that it hides nothing.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from proteus_cache.cache.reader import Cache
 from proteus_cache.cache.verify import Finding, verify_cache
 from proteus_cache.cache.writer import Unit, commit_unit, publish_arrays
 from proteus_cache.errors import ProteusCacheError
-from proteus_cache.extract import pipeline
+from proteus_cache.extract import canary, pipeline
 from proteus_cache.extract.config import ExtractConfig
 from proteus_cache.extract.planning import plan_cache
 from proteus_cache.extract.run import extract
@@ -57,7 +58,7 @@ class Bug:
     seeded_in: Literal["extract", "pack"]
     put_in: Callable[[Patch], None]
     caught_by: tuple[str, ...]
-    """All stages that complain, when each is run on what those before have left."""
+    """All stages that complain, when each is run on what those before have left, and extract does not look twice."""
     message: str
     """Of the first of them."""
 
@@ -296,7 +297,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     return World(config, batches_of(build_pack(config.out, folder / "pack", workers=1).path))
 
 
-def complaints(world: World, bug: Bug | None, folder: Path, patch: Patch) -> dict[str, str]:
+def complaints(world: World, bug: Bug | None, folder: Path, patch: Patch, looks_twice: bool = False) -> dict[str, str]:
     """Stage to its first complaint, of all stages one after the other, with a bug in one of them."""
     cache, pack = folder / "cache", folder / "pack"
     found: dict[str, str] = {}
@@ -316,6 +317,8 @@ def complaints(world: World, bug: Bug | None, folder: Path, patch: Patch) -> dic
         planned = plan_cache(config)
         with patch.context() as only_here:
             bug.put_in(only_here)
+            if not looks_twice:
+                only_here.setattr(canary, "check_one_view", lambda *_: None)
             stage("extract", lambda: extract(config, planned, Worker(0, 1), lambda _: None))
         if found:
             return found
@@ -351,3 +354,13 @@ def test_every_bug_is_caught(bug: Bug, world: World, tmp_path: Path, monkeypatch
     assert tuple(sorted(found, key=STAGES.index)) == bug.caught_by, found
     first = found[bug.caught_by[0]]
     assert re.search(bug.message, first), first
+
+
+@pytest.mark.parametrize("bug", [bug for bug in BUGS if bug.seeded_in == "extract"], ids=lambda bug: bug.name)
+def test_extract_stops_at_its_own_bugs_when_it_looks_twice(
+    bug: Bug, world: World, tmp_path: Path, monkeypatch: Patch
+) -> None:
+    found = complaints(world, bug, tmp_path, monkeypatch, looks_twice=True)
+
+    assert list(found) == ["extract"]
+    assert re.search(f"{NOT_THE_TEACHERS}|{bug.message}|cannot read: No such file", found["extract"]), found

@@ -15,7 +15,8 @@ _SECRETS = (
     (re.compile(rf"({_ADDRESS}[^\s?'\"`]*\?)[^\s'\"`)\]]+"), r"\1***"),
     (re.compile(r"\b(hf_)[A-Za-z0-9]{8,}"), r"\1***"),
     (re.compile(r"\b(AKIA|ASIA)[0-9A-Z]{12,}"), r"\1***"),
-    (re.compile(r"\b([Bb]earer |[Bb]asic )[A-Za-z0-9._~+/=-]{8,}"), r"\1***"),
+    # A token has digits and both cases; words that follow "basic" have not.
+    (re.compile(r"\b([Bb]earer |[Bb]asic )(?=\S*\d)(?=\S*[a-z])(?=\S*[A-Z])[A-Za-z0-9._~+/=-]{8,}"), r"\1***"),
 )
 
 

@@ -67,7 +67,7 @@ class _OpenUnit:
     statistics: dict[str, UnitStatistics]
     precision: Precision
     sources: dict[str, str]
-    """Key to source digest, as earlier view indices have it."""
+    """Key to source digest, as earlier view indices have it; empty for a bad image."""
     views: list[StoredView] = field(default_factory=list)
     quarantined: list[Quarantined] = field(default_factory=list)
     done: torch.cuda.Event | None = None
@@ -236,6 +236,10 @@ class _Pipeline:
         except KeyboardInterrupt:
             writer.shutdown(wait=False, cancel_futures=True)  # the commit that is under way ends, none is begun
             raise
+        except ProteusCacheError as error:
+            writer.shutdown()
+            self._close_canary(error)
+            raise
         finally:
             writer.shutdown()
         return self.committed
@@ -270,6 +274,20 @@ class _Pipeline:
         self.canary.repeat()
         logger.info("canary held units=%d", len(self.unchecked))
         self.unchecked.clear()
+
+    def _close_canary(self, ended_by: ProteusCacheError) -> None:
+        """The last canaries of a process that ends by another error.
+
+        Raises:
+            CanaryError: they differ; tells the other error, too.
+        """
+        try:
+            if self.unchecked & self.written:
+                self._check_canary()
+        except CanaryError as error:
+            raise CanaryError(f"{ended_by}; and then: {error}; {self._to_redo()}") from error
+        except ProteusCacheError as error:
+            logger.warning("the last canaries could not be run: %s", error)
 
     def _to_redo(self) -> str:
         """What to do about the units that this process committed since the canaries last held."""
@@ -321,17 +339,29 @@ class _Pipeline:
             ProteusCacheError: it is another one.
         """
         paths = dict(zip(batch.job.keys, batch.job.paths, strict=True))
-        for view in batch.views:
-            known = unit.sources.get(view.key)
-            if known is not None and known != view.source_sha256:
-                raise ProteusCacheError(
-                    f"{self.image_root / paths[view.key]}: changed since its first view was made (its SHA-256 is "
-                    f"{view.source_sha256[:12]} and was {known[:12]}); put the old file back, or extract into another "
-                    "--out; finished units are kept"
-                )
+        changed = {
+            view.key: f"its SHA-256 is {view.source_sha256[:12]} and was {known[:12]}"
+            if known
+            else "it was a bad image then"
+            for view in batch.views
+            if (known := unit.sources.get(view.key, view.source_sha256)) != view.source_sha256
+        }
+        changed |= {
+            image.key: f"it is a bad image now: {image.reason}"
+            for image in batch.quarantined
+            if unit.sources.get(image.key)
+        }
+        for key, how in changed.items():
+            raise ProteusCacheError(
+                f"{self.image_root / paths[key]}: changed since its first view was made ({how}); put the old file "
+                "back, or extract into another --out; finished units are kept"
+            )
 
     def _known_sources(self, view: str, shard: int) -> dict[str, str]:
-        """Key to source digest of the images of a unit, as far as an earlier view index has them committed."""
+        """Key to source digest of the images of a unit, as far as an earlier view index has them committed.
+
+        The digest of a bad image is empty.
+        """
         rows = [self.cache.image_row(view, row) for row in self.cache.rows(view, shard)]
         unknown = {row // self.manifest.shard_size for row in rows}
         known: dict[str, str] = {}
@@ -342,6 +372,7 @@ class _Pipeline:
                 receipt = self.cache.receipt(earlier, number)
                 if receipt is not None:
                     known |= dict(zip(receipt.samples.keys, receipt.samples.source_sha256, strict=True))
+                    known |= {image.key: "" for image in receipt.quarantined}
                     unknown.discard(number)
         return known
 

@@ -20,8 +20,9 @@ from proteus_cache import open_cache
 from proteus_cache.cache.manifest import Manifest
 from proteus_cache.cache.reader import Cache
 from proteus_cache.cache.verify import verify_cache
+from proteus_cache.cache.writer import commit_unit
 from proteus_cache.documents import canonical, seal
-from proteus_cache.errors import CanaryError, FormatError, UsageError
+from proteus_cache.errors import CanaryError, FormatError, SpaceError, UsageError
 from proteus_cache.extract import canary, pipeline, planning
 from proteus_cache.extract.config import ExtractConfig
 from proteus_cache.extract.planning import plan_cache
@@ -487,3 +488,25 @@ def test_the_command_ends_with_one_line_and_what_it_names_mends_the_cache(
 
     mended = open_cache(tmp_path / "cache")
     assert all(np.array_equal(mended[n].targets["patch"], sound[n].targets["patch"]) for n in range(32))
+
+
+def test_a_run_that_ends_by_another_error_checks_its_units_first(
+    finished: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_beside(finished, tmp_path)
+    planned = plan_cache(config)
+    real = commit_unit
+
+    def full_after_three(*args: Any, **more: Any) -> Any:  # as the real one
+        if len(committed(config)) == 3:
+            raise SpaceError(f"{config.out}: no space")
+        return real(*args, **more)
+
+    monkeypatch.setattr(pipeline, "commit_unit", full_after_three)
+    change_outputs(monkeypatch, lambda tokens, _, n: one_ulp(tokens) if n > 2 else tokens)
+
+    with pytest.raises(CanaryError, match="no space; and then: .*other numbers for the same batch") as caught:
+        extract(config, planned, Worker(0, 1), lambda _: None)
+
+    assert named(caught.value) == committed(config)
+    assert len(committed(config)) == 3

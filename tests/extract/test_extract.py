@@ -495,3 +495,29 @@ def test_manifest_documents_what_made_the_cache(finished: Cache) -> None:
 def test_fit_codec_names_are_checked() -> None:
     with pytest.raises(ConfigError, match="int9"):
         fit_codec("int9", torch.zeros(1, 2, 3))
+
+
+def test_an_image_that_went_bad_or_was_mended_between_its_views_stops_the_run(tmp_path: Path) -> None:
+    config = make_config(tmp_path, 8, views=1)
+    images = sorted((tmp_path / "images").rglob("*.JPEG"))
+    good = images[3].read_bytes()
+    images[6].write_bytes(b"no image")
+    run_extract(config)
+
+    images[3].write_bytes(b"no image either")
+    with pytest.raises(
+        ProteusCacheError, match=rf"{images[3].name}: changed since its first view was made \(it is a bad"
+    ):
+        run_extract(make_config(tmp_path, views=2))
+    images[3].write_bytes(good)
+    images[6].write_bytes(good)
+    with pytest.raises(
+        ProteusCacheError, match=rf"{images[6].name}: changed since .* \(it was a bad image then\); put"
+    ):
+        run_extract(make_config(tmp_path, views=2))
+    images[6].write_bytes(b"no image")
+    run_extract(make_config(tmp_path, views=2))
+
+    cache = open_cache(config.out)
+    assert {len(rows) for _, _, rows in identity(cache).values() if isinstance(rows, list)} == {3, 4}
+    assert len(cache) == 14

@@ -128,7 +128,7 @@ def regions_of_run(root: Path) -> list[Region]:
     for path in files_below(root):
         kind = {"json": "checkpoint state", "safetensors": "checkpoint tensors"}.get(path.rpartition(".")[2])
         if kind is not None and not path.startswith("checkpoints/"):
-            kind = "final weights" if kind == "checkpoint tensors" else None
+            kind = "final weights" if kind == "checkpoint tensors" or path == "finished.json" else None
         if kind is not None:
             found.append(Region(kind, path, 0, (root / path).stat().st_size))
     return found

@@ -39,6 +39,9 @@ class Bug:
 
 _SYNC = "                disk.sync(descriptor)\n            finally:\n                disk.close(descriptor)\n"
 
+_BROKEN = "(Name|Import|Attribute|Type|Syntax|Indentation|UnboundLocal)Error"
+"""Of a bug that does not run: nothing was noticed."""
+
 BUGS = (
     Bug(
         "no file fsync",
@@ -111,7 +114,7 @@ BUGS = (
         "proteus_cache/train/checkpoint.py",
         "    began = time.perf_counter()\n    temp = _written(",
         "    began = time.perf_counter()\n"
-        '    for step in checkpoint_steps(folder):\n        _remove(folder / f"step-{step:08d}")\n'
+        '    for step in checkpoint_steps(folder):\n        remove_checkpoint(folder / f"step-{step:08d}")\n'
         "    temp = _written(",
         "tests/train/test_checkpoint.py tests/reliability/test_power_loss.py tests/reliability/test_crash_points.py",
     ),
@@ -204,8 +207,9 @@ def _run(copy: Path, tests: list[str]) -> tuple[int, str, float]:
         check=False,
         text=True,
     )
-    failed = re.search(r"^FAILED (\S+)", done.stdout, re.MULTILINE)
-    return done.returncode, failed.group(1) if failed else "", time.monotonic() - started
+    failed = re.search(r"^FAILED (\S+)(?: - (.*))?", done.stdout, re.MULTILINE)
+    is_broken = failed is not None and re.match(_BROKEN, failed[2] or "") is not None
+    return done.returncode, failed[1] if failed and not is_broken else "", time.monotonic() - started
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -78,11 +77,9 @@ class World:
 
 
 @pytest.fixture(scope="module")
-def folder() -> Iterator[Path]:
+def folder(shared_fast_folder: Path) -> Path:
     """In memory where there is such a place."""
-    shared = Path("/dev/shm")
-    with tempfile.TemporaryDirectory(prefix="proteus-integrity-", dir=shared if shared.is_dir() else None) as path:
-        yield Path(path)
+    return shared_fast_folder
 
 
 @pytest.fixture(scope="module")

@@ -129,15 +129,13 @@ class World:
 
 
 @pytest.fixture(scope="module")
-def world() -> Iterator[World]:
-    shared = Path("/dev/shm")
-    with tempfile.TemporaryDirectory(prefix="proteus-machine-", dir=shared if shared.is_dir() else None) as path:
-        folder = Path(path)
-        prepared = worlds.prepare(folder / "prepared")
-        pack = worlds.pack_prepared(prepared.path, folder / "undisturbed").path
-        whole = open_cache(prepared.path)
-        files = {unit: [f"receipts/{_name(unit)}.json", *whole.unit_files(*unit)] for unit in UNITS}
-        yield World(prepared, folder, files, _contents(prepared.path), _contents(pack), batches_of(pack), Counter())
+def world(shared_fast_folder: Path) -> World:
+    folder = shared_fast_folder
+    prepared = worlds.prepare(folder / "prepared")
+    pack = worlds.pack_prepared(prepared.path, folder / "undisturbed").path
+    whole = open_cache(prepared.path)
+    files = {unit: [f"receipts/{_name(unit)}.json", *whole.unit_files(*unit)] for unit in UNITS}
+    return World(prepared, folder, files, _contents(prepared.path), _contents(pack), batches_of(pack), Counter())
 
 
 def _contents(folder: Path) -> dict[str, bytes]:

@@ -52,7 +52,7 @@ PACK_MEETINGS = (
     *("create unfinished plan.json", "rename plan.json", "rename tar", "rename packing note"),
     *("open packing note", "rename index", "rename pack.json", "remove folder tmp"),
 )
-_PATIENCE_S = 0.5
+_PATIENCE_S = 5.0
 """How long a worker waits for the others: one that has seen a finished unit does not come."""
 
 

@@ -83,7 +83,7 @@ class _Watch:
         if isinstance(path, int) or path is None:  # a descriptor that was opened before
             return True
         text = os.fsdecode(path) if isinstance(path, bytes | os.PathLike) else str(path)
-        return (os.path.normpath(os.path.join(os.getcwd(), text)) + os.sep).startswith(self._allowed)
+        return (os.path.realpath(text) + os.sep).startswith(self._allowed)
 
 
 def run_guarded(folder: Path, attacks: Iterable[Attack], warm_up: Callable[[], object]) -> list[Outcome]:

@@ -6,12 +6,13 @@ import os
 import pickle
 import socket
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
 
 from proteus_cache.errors import FormatError
-from tests.safety.guarded import Attack, problems, run_guarded
+from tests.safety.guarded import CASE_CPU_S, Attack, problems, run_guarded
 
 
 def _refuse() -> None:
@@ -19,7 +20,13 @@ def _refuse() -> None:
 
 
 def _write_outside() -> None:
-    Path("/tmp/outside-of-every-folder").write_text("x")
+    Path(f"/tmp/outside-of-every-folder-{os.getpid()}").write_text("x")
+
+
+def _burn_time() -> None:
+    end = time.process_time() + 1.5 * CASE_CPU_S
+    while time.process_time() < end:
+        sum(range(10_000))
 
 
 def _read_outside() -> None:
@@ -43,7 +50,7 @@ _HARM = {
     "a file written elsewhere": _write_outside,
     "a file read elsewhere": _read_outside,
     "memory": lambda: bytearray(300 << 20),
-    "time": lambda: sum(range(100_000_000)),
+    "time": _burn_time,
     "an error of Python's own": lambda: dict[str, int]()["x"],
     "no error": lambda: None,
     "a message with escape codes": lambda: (_ for _ in ()).throw(RuntimeError("\x1b[2J")),

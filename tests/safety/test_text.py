@@ -34,6 +34,14 @@ def test_everything_that_is_not_plainly_visible_is_escaped() -> None:
     assert printable("Grüße, 猫 and \u0416") == "Grüße, 猫 and \u0416"
 
 
+def test_secrets_are_cut_and_words_are_not() -> None:
+    assert printable("Authorization: Basic dXNlcjpwYXNzd29yZDE=") == "Authorization: Basic ***"
+    assert printable("bearer eyJhbGciOiJIUzI1NiJ9.x") == "bearer ***"
+    assert printable("https://me:word@host/x?key=1") == "https://***@host/x?***"
+    for words in ("a basic transformer model", "runs/basic vit_small_patch14", "Bearer of bad news"):
+        assert printable(words) == words
+
+
 def test_info_and_verify_show_what_a_pack_says_plainly(honest_pack: Path, tmp_path: Path) -> None:
     root = copied(honest_pack, tmp_path / "pack")
 

@@ -31,6 +31,7 @@ _MAX_DEPTH = 16
 _MAX_INT = 1 << 63
 # Possessive, and an open string runs to the end: no input makes it go back.
 _NOT_BRACKET = re.compile(rb'"(?:[^"\\]++|\\.)*+"?+|[^][{}"]++', re.DOTALL)
+_COPY = "; copy it again from where it came from"
 _TAIL = b',"digest":"' + b"0" * 64 + b'"}\n'
 
 
@@ -70,14 +71,15 @@ def check_seal(data: bytes, what: str) -> str:
     tail = data[-len(_TAIL) :]
     if tail[:11] != _TAIL[:11] or tail[-3:] != _TAIL[-3:]:
         raise FormatError(
-            f"{what}: not a complete document (it does not end with its digest); it was cut short or is another file: "
-            "copy it again from where it came from"
+            f"{what}: not a complete document, but cut short or another file (it does not end with its digest){_COPY}"
         )
     state = hashlib.sha256(memoryview(data)[: -len(_TAIL)])
     state.update(b"}")
     found = state.hexdigest()
     if found.encode() != tail[11:-3]:
-        raise ChecksumError(f"{what}: damaged (its bytes have digest {found[:12]}, it says {digest_of(data)[:12]!a})")
+        raise ChecksumError(
+            f"{what}: damaged (its bytes have digest {found[:12]}, it says {digest_of(data)[:12]!a}){_COPY}"
+        )
     return found
 
 

@@ -358,7 +358,7 @@ def size_of(path: Path) -> int | None:
     with reported("look at", path):
         try:
             status = disk.status(path)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
     return status.st_size if stat.S_ISREG(status.st_mode) else None
 
@@ -372,7 +372,7 @@ def inode_of(path: Path) -> tuple[int, int] | None:
 def _inode(path: Path) -> tuple[int, int] | None:
     try:
         status = disk.status(path)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     return status.st_dev, status.st_ino
 

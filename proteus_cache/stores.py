@@ -1,6 +1,6 @@
 """What a folder is by the files in it, so that a message about a wrong one can say what was given instead.
 
-Nothing is opened; the stores' own readers say whether what is there is whole.
+No data is opened; the stores' own readers say whether what is there is whole.
 """
 
 from __future__ import annotations
@@ -8,12 +8,13 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Iterable
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Final, Literal, TypeAlias
 
 from proteus_cache.choices import either
-from proteus_cache.errors import FormatError
+from proteus_cache.errors import FormatError, ProteusCacheError
 
 Kind: TypeAlias = Literal["cache", "pack", "run"]
 
@@ -26,6 +27,10 @@ _WITHOUT_MARKER: Final[dict[Kind, str]] = {"cache": "receipts/*/s*.json", "pack"
 WRITTEN_BY: Final[dict[Kind, str]] = {"cache": "extract", "pack": "pack", "run": "train"}
 _HOME_FOLDERS: Final = ("caches", "packs", "runs")
 _IMAGE_SUFFIXES = (".jpeg", ".jpg", ".png")
+_DEFAULT_IMAGES = "imagenet/train"
+IMAGES_DIR: Final = ["--images", "DIR"]
+WEIGHTS_FILE: Final = ["--weights", "FILE"]
+"""Flags that a command lacks, each with a word in place of its value."""
 _LOOKED_AT = 64
 _MOST_NAMED = 3
 
@@ -78,9 +83,42 @@ def refuse_links(folders: Iterable[Path]) -> None:
             raise FormatError(f"{folder}: is a link, which may lead out of this store; put a folder there instead")
 
 
-def repair_command(path: Path) -> str:
-    """The command that mends a store, quoted for a shell; a cache needs the settings of its extract beside it."""
-    return shlex.join(["proteus-cache", "repair", str(path)])
+def repair_command(path: Path, *arguments: str) -> str:
+    """The command that mends a store, quoted for a shell.
+
+    Where the images or weights of a cache are not found by themselves, `--images DIR` and `--weights FILE` stand there.
+    """
+    needs: list[str] = []
+    if kind_of(path) == "cache":
+        finds_images = bool(os.environ.get("PROTEUS_IMAGES")) or os.path.isdir(_DEFAULT_IMAGES)
+        needs += [] if finds_images else IMAGES_DIR
+        needs += WEIGHTS_FILE if has_weights_of_a_file(path) else []
+    return shlex.join(["proteus-cache", "repair", str(path), *arguments, *needs])
+
+
+def has_weights_of_a_file(cache: Path) -> bool:
+    """Whether the teacher of a cache had weights from a local file; False where its manifest does not say so."""
+    try:
+        status = os.stat(manifest := cache / MARKERS["cache"])
+    except OSError:
+        return False
+    return _is_of_a_file(manifest, status.st_mtime_ns, status.st_size)
+
+
+@lru_cache(maxsize=8)
+def _is_of_a_file(manifest: Path, mtime_ns: int, size: int) -> bool:
+    """Read once while time and size stay: `verify` has a command ready for every unit."""
+    from proteus_cache import storage
+    from proteus_cache.documents import MAX_DOCUMENT_BYTES, parse_sealed
+
+    try:
+        teacher = parse_sealed(storage.read_bytes(manifest, MAX_DOCUMENT_BYTES), str(manifest)).get("teacher")
+    except ProteusCacheError:
+        return False
+    if not isinstance(teacher, dict) or teacher.get("name") == "demo":
+        return False
+    source = str(teacher.get("weights_source"))
+    return not source.startswith(("random:", "hf-hub:")) and "://" not in source
 
 
 def _wanted(kinds: tuple[Kind, ...]) -> str:

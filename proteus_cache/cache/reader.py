@@ -148,7 +148,8 @@ class Cache:
 
     def units(self, view: str) -> list[int]:
         """Shards of one view index that have a receipt; a file that is named like one of no shard is none."""
-        names = storage.list_folder(self.layout.root / "receipts" / view)
+        folder = self.layout.root / "receipts" / view
+        names = storage.list_folder(folder) if storage.size_of(folder) is None else []  # a file there: verify says so
         _, n_shards = rows_of_view(self.manifest, view)
         return sorted(shard for shard in map(shard_of_receipt, names) if shard is not None and shard < n_shards)
 

@@ -6,22 +6,24 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import pyarrow as pa
 
 from proteus_cache import storage, stores
 from proteus_cache.cache import zarr_arrays
-from proteus_cache.cache.layout import array_folder, is_view, shard_stem
+from proteus_cache.cache.layout import array_folder, is_view, shard_of_receipt, shard_stem
 from proteus_cache.cache.reader import Cache, open_cache
 from proteus_cache.cache.receipt import Receipt
 from proteus_cache.cache.writer import rows_of_view, wanted_metadata
 from proteus_cache.documents import parse_sealed
-from proteus_cache.errors import DamageError, StorageError
+from proteus_cache.errors import ChecksumError, DamageError, StorageError
 from proteus_cache.views.encode import decode_view, digest_pixels
 
 IMAGES = "images.parquet"
+GO_ON = "run the same `proteus-cache extract` again, or wait for the one that is under way"
+"""What to do about units without a receipt."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +50,7 @@ def verify_cache(
     Args:
         path: the cache's folder.
         read_data: read every file and check every digest and checksum, view pixels included; otherwise structure,
-            names and sizes.
+            names and sizes, and the digests of the image list and of codec parameters.
         progress: called with (units done, units in all, bytes read of them).
         chosen: with `read_data`, whether the files of a unit (view index, shard) are read; None reads all. Structure,
             names and sizes are checked of every unit all the same.
@@ -58,6 +60,7 @@ def verify_cache(
         DamageError: the manifest itself is damaged, so nothing else can be judged.
     """
     cache = open_cache(path)
+    _repair_command.cache_clear()
     findings = [*_plan_files(cache, read_data)]
     has_list = all(finding.path != IMAGES for finding in findings)
     known = {"manifest.json", IMAGES}
@@ -81,14 +84,41 @@ def _plan_files(cache: Cache, read_data: bool) -> Iterator[Finding]:
         yield Finding(IMAGES, None, "missing", _repair(cache))
     elif read_data:
         yield from _caught(cache, IMAGES, None, _repair(cache), lambda: cache.image_table)
+    else:
+        yield from _caught(cache, IMAGES, None, _repair(cache), lambda: _check_list(cache))
     for target in cache.manifest.targets:
         if target.codec.parameters is not None:
             relative = f"codec/{target.codec.parameters}.safetensors"
             yield from _caught(cache, relative, None, _repair(cache), partial(cache.parameters_blob, target))
 
 
+def _check_list(cache: Cache) -> None:
+    if storage.sha256_of(cache.layout.images)[1] != cache.manifest.images.sha256:
+        raise ChecksumError(f"{IMAGES}: damaged (SHA-256 differs from the manifest)")
+
+
+def incomplete_views(cache: Cache) -> dict[str, tuple[int, int]]:
+    """View index, or the probe, to the units that it has and should have, of all that were begun and lack some.
+
+    What is lost with its receipt and what is not extracted yet look the same; both are work for the same extract.
+    """
+    begun = {name for folder in ("receipts", "views", "targets.zarr") for name in _folders_in(cache.path / folder)}
+    counts = {view: (len(cache.units(view)), rows_of_view(cache.manifest, view)[1]) for view in filter(is_view, begun)}
+    return {view: counts[view] for view in sorted(counts) if counts[view][0] < counts[view][1]}
+
+
+def _folders_in(path: Path) -> list[str]:
+    return [name for name in storage.list_folder(path) if os.path.isdir(path / name)]
+
+
 def _repair(cache: Cache) -> str:
-    return f"run `{stores.repair_command(cache.path)}`"
+    return f"run `{_repair_command(cache.path)}`"
+
+
+@lru_cache(maxsize=1)
+def _repair_command(path: Path) -> str:
+    """Asked for at every unit, and it reads the manifest; `verify_cache` forgets it when it begins."""
+    return stores.repair_command(path)
 
 
 def _exists(cache: Cache, view: str, shard: int) -> bool:
@@ -239,13 +269,33 @@ def _unknown_files(cache: Cache, known: set[str]) -> Iterator[Finding]:
         for file in sorted([*files, *links]):
             path = (relative / file).as_posix()
             if path not in known and not _is_above_an_array(cache, path):
-                yield Finding(path, None, "does not belong to the cache", _unknown_remedy(cache, path))
+                yield _unknown(cache, path)
 
 
-def _unknown_remedy(cache: Cache, path: str) -> str:
-    if path.startswith(("views/", "targets.zarr/")):
-        return f"left by a unit that was cut off, or foreign; {_repair(cache)}, which redoes the unit or says so"
-    return "remove it"
+def _unknown(cache: Cache, path: str) -> Finding:
+    if _is_of_a_unit(cache, path):
+        return Finding(path, None, "its unit has no receipt: cut off, under way, or lost", GO_ON)
+    match path.split("/"):
+        case ["views" | "receipts" | "targets.zarr", view] if is_view(view):
+            remedy = f"move it away and {_repair(cache)}"
+            return Finding(path, None, "a file stands where a folder is needed", remedy)
+        case ["views" | "targets.zarr", *_]:
+            remedy = f"left by a unit that was cut off, or foreign; {_repair(cache)}, which redoes the unit or says so"
+        case _:
+            remedy = "remove it"
+    return Finding(path, None, "does not belong to the cache", remedy)
+
+
+def _is_of_a_unit(cache: Cache, path: str) -> bool:
+    """Whether a unit that has no receipt here would have this file."""
+    match path.split("/"):
+        case ["views", view, name] if is_view(view):
+            shard = shard_of_receipt(name.removesuffix(".tar") + ".json")
+        case ["targets.zarr", view, _, "c", number, *_] if is_view(view) and number.isascii() and number.isdecimal():
+            shard = int(number)
+        case _:
+            return False
+    return shard is not None and _exists(cache, view, shard) and path in cache.unit_files(view, shard)
 
 
 def _is_above_an_array(cache: Cache, path: str) -> bool:
@@ -277,4 +327,4 @@ def _caught(cache: Cache, path: str, unit: str | None, remedy: str, check: Calla
 def _problem(cache: Cache, path: str, error: Exception) -> str:
     """What an error says, without the path and the remedy that stand beside it in a finding."""
     said = str(error).replace(f"{cache.path}/", "").removeprefix(f"{path}: ")
-    return said.partition(f"; {_repair(cache)}")[0]
+    return said.partition(f"; {_repair(cache)}")[0].removesuffix("; copy it again from where it came from")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,7 +11,7 @@ import typer
 
 from proteus_cache.cli import complete, settings, terminal
 from proteus_cache.cli.extract import FIELDS, extract_config
-from proteus_cache.errors import UsageError
+from proteus_cache.errors import ConfigError, UsageError
 
 if TYPE_CHECKING:
     from proteus_cache.extract.config import ExtractConfig
@@ -89,21 +90,22 @@ def repair_command(
     given = settings.read_config(config, FIELDS)
     flags = {name: value for name, value in locals().items() if name in _EXTRACT_FLAGS}
     kind, out = kind_of(path), settings.folder(path, "path")
+    chosen = settings.merge(flags, given)
     assert out is not None, "typer asks for PATH"
     _refuse_foreign_flags(kind, flags, given, cache, unit)
     with terminal.phases() as phase:
         report = _repair(
             kind,
             out,
-            config=partial(_settings, out, settings.merge(flags, given)),
+            config=partial(_settings, out, chosen),
             cache=settings.folder(cache, "cache"),
             yes=yes,
             shared={"read_data": not fast, "dry_run": dry_run, "phase": phase},
             units=tuple(unit or ()),
         )
-    step = _next_step(report, fast)
+    step = _next_step(report, fast, [name for name, value in chosen.items() if value is not None])
     terminal.result(as_json, report.to_json() | {"next": step}, report.lines(), step)
-    if not report.is_whole:
+    if not report.is_done:
         raise typer.Exit(1)
 
 
@@ -121,9 +123,17 @@ def _refuse_foreign_flags(
         )
 
 
-def _settings(path: Path, chosen: dict[str, Any]) -> ExtractConfig:
-    """Asked for once a unit has to be extracted again."""
-    return extract_config({name: value for name, value in chosen.items() if name != "gpus"} | {"out": path})
+def _settings(path: Path, chosen: dict[str, Any]) -> ExtractConfig | None:
+    """Asked for once a unit has to be extracted again; None where no images are given or found."""
+    has_images = chosen.get("images") is not None or bool(os.environ.get("PROTEUS_IMAGES"))
+    try:
+        return extract_config({name: value for name, value in chosen.items() if name != "gpus"} | {"out": path})
+    except ConfigError:
+        raise
+    except UsageError:
+        if has_images:
+            raise
+        return None
 
 
 def _repair(
@@ -149,13 +159,17 @@ def _repair(
     return repair_run(path, agree=lambda question: terminal.confirm(question, yes), **shared)
 
 
-def _next_step(report: RepairReport, fast: bool) -> str | None:
-    """The command to run next."""
+def _next_step(report: RepairReport, fast: bool, given: list[str]) -> str | None:
+    """The command to run next; flags that this one lacked stand there with a word in place of their value."""
     from proteus_cache.next_steps import after, command_line, resume_training
     from proteus_cache.report.summary import summarise
+    from proteus_cache.stores import repair_command
 
-    if report.is_dry_run and report.actions:
-        return terminal.again_command(without="--dry-run") or command_line("repair", report.path)
+    if (report.is_dry_run and report.actions) or report.needs or report.error is not None:
+        pairs = zip(report.needs[::2], report.needs[1::2], strict=True)
+        needs = [part for flag, word in pairs if flag.removeprefix("--") not in given for part in (flag, word)]
+        without = "--dry-run" if report.is_dry_run and not needs else None
+        return terminal.again_command(*needs, without=without) or repair_command(report.path)
     if not report.is_whole or fast:
         if report.kind == "run" and any("final weights" in action.remedy for action in report.actions):
             return resume_training(report.path)

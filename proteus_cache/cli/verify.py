@@ -79,13 +79,16 @@ def verify_command(
     if expect_id is not None:
         _check_pin(kind, path, expect_id)
     _refuse_alone(recompute, {"seed": seed, "weights": weights, "device": device, "batch-size": batch_size})
+    lost = _lost(kind, path)
     with terminal.phases() as phase:
-        findings = _verify(kind, path, read_data, share, phase("verify", "files" if kind == "run" else "units"))
-        computed = (
-            _recompute(path, recompute, seed, weights, device, batch_size, phase) if recompute is not None else None
-        )
+        update = phase("verify", "files" if kind == "run" else "units")
+        findings = [lost] if lost is not None else _verify(kind, path, read_data, share, update)
+        computed = None
+        if recompute is not None and lost is None:
+            computed = _recompute(path, recompute, seed, weights, device, batch_size, phase)
     findings += computed.findings if computed is not None else []
-    step = _next_step(kind, path, findings, read_data, share, computed)
+    incomplete = _incomplete(path) if kind == "cache" and lost is None else {}
+    step = None if lost is not None else _next_step(kind, path, findings, incomplete, read_data, share, computed)
     outcome = {
         "path": str(path),
         "kind": kind,
@@ -94,11 +97,41 @@ def verify_command(
         "recompute": None if computed is None else computed.to_json(),
         "is_whole": not findings,
         "findings": [asdict(finding) for finding in findings],
+        "incomplete": {view: {"units": n, "units_all": n_all} for view, (n, n_all) in incomplete.items()},
         "next": step,
     }
-    terminal.result(as_json, outcome, _lines(kind, path, findings, read_data, share, computed), step)
+    terminal.result(as_json, outcome, _lines(kind, path, findings, incomplete, read_data, share, computed), step)
     if findings:
         raise typer.Exit(1)
+
+
+def _lost(kind: Kind, path: Path) -> Finding | None:
+    """What is wrong with a cache or pack of which nothing can be judged; None when it can be opened."""
+    from proteus_cache.cache.reader import open_cache
+    from proteus_cache.cache.verify import Finding
+    from proteus_cache.errors import DamageError
+    from proteus_cache.pack.reader import open_pack
+    from proteus_cache.stores import MARKERS
+
+    if kind == "run":
+        return None
+    root = path if kind == "cache" else path.absolute()
+    try:
+        open_cache(path) if kind == "cache" else open_pack(path)
+    except DamageError as error:
+        name, _, said = str(error).removeprefix(f"{root}/").partition(": ")
+        problem, _, remedy = said.partition("; ")
+        if name == MARKERS[kind]:
+            remedy = "nothing else can be judged without it: copy it from another copy"
+        return Finding(name, None, problem, remedy)
+    return None
+
+
+def _incomplete(path: Path) -> dict[str, tuple[int, int]]:
+    from proteus_cache.cache.reader import open_cache
+    from proteus_cache.cache.verify import incomplete_views
+
+    return incomplete_views(open_cache(path))
 
 
 def _check_pin(kind: Kind, path: Path, expect_id: str) -> None:
@@ -126,6 +159,7 @@ def _lines(
     kind: Kind,
     path: Path,
     findings: list[Finding],
+    incomplete: dict[str, tuple[int, int]],
     read_data: bool,
     share: Share | None,
     computed: RecomputeReport | None,
@@ -135,14 +169,18 @@ def _lines(
     depth += f", and {computed.n_views:,} views against the teacher" if computed is not None else ""
     lines = [line for f in findings for line in (f"{f.path}: {f.problem}", f"    {f.remedy}")]
     lines += computed.lines() if computed is not None else []
+    missing = incomplete.items()
+    lines += [f"{view}: {n:,} of {n_all:,} units; the others are lost or not extracted" for view, (n, n_all) in missing]
     count = f"{len(findings):,} finding{'s' * (len(findings) != 1)}"
-    return [*lines, f"{kind} {path}: {count if findings else f'whole; checked {depth}'}"]
+    state = "what is there is whole" if incomplete else "whole"
+    return [*lines, f"{kind} {path}: {count if findings else f'{state}; checked {depth}'}"]
 
 
 def _next_step(
     kind: Kind,
     path: Path,
     findings: list[Finding],
+    incomplete: dict[str, tuple[int, int]],
     read_data: bool,
     share: Share | None,
     computed: RecomputeReport | None,
@@ -150,15 +188,27 @@ def _next_step(
     """The command to run next: a repair, a deeper check, or what follows a whole store."""
     from proteus_cache.next_steps import after, command_line
     from proteus_cache.report.summary import summarise
+    from proteus_cache.stores import repair_command
 
+    same_extract = f"the same `proteus-cache extract` again, for units of {', '.join(incomplete)}"
+    if kind == "run" and findings:
+        from proteus_cache.train.verify import next_command
+
+        return next_command(path, findings)
     if findings:
+        from proteus_cache.cache.verify import GO_ON
+
+        if all(finding.remedy == GO_ON for finding in findings):
+            return same_extract
         wrong = {finding.unit for finding in computed.findings} if computed is not None and kind == "cache" else set()
         named = [part for unit in sorted(filter(None, wrong)) for part in ("--unit", unit)]
-        return command_line("repair", path, *named)
+        return repair_command(path, *named)
     if share is not None and share.number < share.of:
         return command_line("verify", path, "--read-data-subset", share.next)
     if not read_data and share is None and computed is None:
         return command_line("verify", path, "--read-data")
+    if incomplete:
+        return same_extract
     summary = summarise(path)
     if computed is None and kind != "run" and _finds_weights(summary["teacher"]):
         return command_line("verify", path, "--recompute", _SUGGESTED)

@@ -6,6 +6,7 @@ rows. Both header and records end with the CRC-32C of their other bytes. The fil
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import stat
@@ -164,7 +165,28 @@ class Index:
             raise FormatError(f"{self.path}: record {numbers[int(np.argmin(good))]} has impossible numbers; {REMEDY}")
 
 
-REMEDY = "`proteus-cache repair` on this pack packs anew what is damaged"
+REMEDY = "run `proteus-cache repair PACK`, which packs anew what is damaged"
+
+
+def unreadable(what: str, error: OSError) -> StorageError:
+    """Why a file of a pack cannot be opened or read, and what to do.
+
+    Args:
+        what: the file, perhaps the sample in it, and what was done: "v000.idx: cannot open the index".
+        error: of the system.
+    """
+    return StorageError(f"{what}: {error.strerror or error}; {_remedy(error)}")
+
+
+def _remedy(error: OSError) -> str:
+    match error.errno:
+        case errno.ENOENT | errno.ENOTDIR | errno.ELOOP:
+            return REMEDY
+        case errno.EACCES | errno.EPERM:
+            return "make it readable for this user"
+        case errno.EMFILE | errno.ENFILE:
+            return "this process may open no more files: raise `ulimit -n`"
+    return "look at the disk (dmesg) or the file server, then run the same command again"
 
 
 def _next_data(offset: NDArray[np.uint64], size: NDArray[np.uint32]) -> NDArray[np.uint64]:
@@ -186,4 +208,4 @@ def _map(path: Path, expected: int) -> mmap.mmap:
         finally:
             os.close(descriptor)
     except OSError as error:
-        raise StorageError(f"{path}: cannot open the index: {error.strerror or error}") from error
+        raise unreadable(f"{path}: cannot open the index", error) from error

@@ -201,9 +201,7 @@ def plan_recodings(
     return recodings
 
 
-def recodings_of_pack(
-    cache: Cache, targets: Sequence[PackTarget], blobs: Mapping[str, bytes | None]
-) -> list[Recoding]:
+def recodings_of_pack(cache: Cache, targets: Sequence[PackTarget], blobs: Mapping[str, bytes | None]) -> list[Recoding]:
     """What became of each target of a pack that is there.
 
     Args:

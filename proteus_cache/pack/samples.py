@@ -20,8 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from proteus_cache.cache.layout import shard_stem, view_index
-from proteus_cache.errors import ChecksumError, FormatError, StorageError, at
-from proteus_cache.pack.index import REMEDY, Index, Records, crc32c
+from proteus_cache.errors import ChecksumError, FormatError, at
+from proteus_cache.pack.index import REMEDY, Index, Records, crc32c, unreadable
 from proteus_cache.tar import BLOCK
 from proteus_cache.views.encode import decode_view, most_view_bytes
 
@@ -145,7 +145,7 @@ class SampleReader:
         records = self.index(view).read(np.array([number], dtype=np.int64))
         offset, size = int(records["json_offset"][0]), int(records["json_size"][0])
         place = np.empty(size, dtype=np.uint8)
-        found = self._preadv(self._tar(view, int(records["tar"][0])), [place], offset)
+        found = _preadv(self._tar(view, int(records["tar"][0])), [place], offset, self._where(view, records, 0))
         if found != size:
             raise FormatError(f"{self._where(view, records, 0)}: the tar is cut short; {REMEDY}")
         if crc32c(place) != int(records["json_crc32c"][0]):
@@ -189,7 +189,7 @@ class SampleReader:
             try:
                 found = preadv(descriptor, (code, between, place), offset)  # type: ignore[arg-type]  # buffers
             except OSError as error:
-                raise StorageError(f"{self._where(view, records, row)}: cannot read: {error.strerror}") from error
+                raise unreadable(f"{self._where(view, records, row)}: cannot read", error) from error
             if found != size:
                 self._read_rest(descriptor, (code, between, place), offset, found, self._where(view, records, row))
             if checksum(code) != codes_crc:
@@ -205,17 +205,11 @@ class SampleReader:
         for place in places:
             size = place.size
             while done < size:
-                found = self._preadv(descriptor, [place[done:]], offset + done)
+                found = _preadv(descriptor, [place[done:]], offset + done, where)
                 if found == 0:
                     raise FormatError(f"{where}: the tar is cut short; {REMEDY}")
                 done += found
             offset, done = offset + size, done - size
-
-    def _preadv(self, descriptor: int, places: list[NDArray[np.uint8]], offset: int) -> int:
-        try:
-            return os.preadv(descriptor, [place.data for place in places], offset)
-        except OSError as error:
-            raise StorageError(f"{self.layout.root}: cannot read a tar: {error.strerror or error}") from error
 
     def _tar(self, view: str, tar: int) -> int:
         """An open descriptor of a tar; the one that was not used for longest is closed."""
@@ -243,6 +237,13 @@ class SampleReader:
         return f"{path}: image row {int(records['row'][row])}"
 
 
+def _preadv(descriptor: int, places: list[NDArray[np.uint8]], offset: int, where: str) -> int:
+    try:
+        return os.preadv(descriptor, [place.data for place in places], offset)
+    except OSError as error:
+        raise unreadable(f"{where}: cannot read", error) from error
+
+
 def open_tar(path: Path) -> int:
     """A descriptor of a tar; neither it nor its folder may be a link."""
     flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW
@@ -253,7 +254,7 @@ def open_tar(path: Path) -> int:
         finally:
             os.close(folder)
     except OSError as error:
-        raise StorageError(f"{path}: cannot open: {error.strerror or error}; {REMEDY}") from error
+        raise unreadable(f"{path}: cannot open", error) from error
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise FormatError(f"{path}: no plain file; {REMEDY}")

@@ -11,7 +11,7 @@ from pathlib import Path
 import google_crc32c
 import numpy as np
 
-from proteus_cache import storage, tar
+from proteus_cache import storage, stores, tar
 from proteus_cache.cache.layout import shard_stem
 from proteus_cache.cache.reader import combine_view_ids
 from proteus_cache.cache.verify import Finding
@@ -66,7 +66,17 @@ def _identity(pack: Pack) -> Iterator[Finding]:
     for view, entry in pack.document.packed.items():
         receipts = [tar.receipt for tar in entry.tars]
         if combine_view_ids([pack.document.cache.manifest, *receipts]) != pack.document.cache.view_ids[view]:
-            yield Finding("pack.json", None, f"the identity of {view} is not that of its receipts", REMEDY)
+            yield Finding("pack.json", None, f"the identity of {view} is not that of its receipts", _repair(pack))
+
+
+def _repair(pack: Pack) -> str:
+    return f"run `{stores.repair_command(pack.path)}`, which packs anew what is damaged"
+
+
+def _problem(pack: Pack, relative: str, error: Exception) -> str:
+    """What an error says, without the path and the remedy that stand beside it in a finding."""
+    said = str(error).replace(f"{pack.path}/", "").removeprefix(f"{relative}: ")
+    return said.removesuffix(f"; {REMEDY}")
 
 
 def _codec_files(pack: Pack) -> Iterator[Finding]:
@@ -75,14 +85,14 @@ def _codec_files(pack: Pack) -> Iterator[Finding]:
             relative = f"codec/{target.codec.parameters}.safetensors"
             try:
                 if storage.size_of(pack.path / relative) is None:
-                    yield Finding(relative, None, "missing", REMEDY)
+                    yield Finding(relative, None, "missing", _repair(pack))
                     continue
                 data = storage.read_bytes(pack.path / relative, 1 << 30)
             except (DamageError, StorageError) as error:
-                yield Finding(relative, None, str(error), REMEDY)
+                yield Finding(relative, None, _problem(pack, relative, error), _repair(pack))
                 continue
             if hashlib.sha256(data).hexdigest() != target.codec.parameters:
-                yield Finding(relative, None, "damaged (its SHA-256 is not its name)", REMEDY)
+                yield Finding(relative, None, "damaged (its SHA-256 is not its name)", _repair(pack))
 
 
 def _index(pack: Pack, view: str, read_data: bool) -> tuple[Records | None, list[Finding]]:
@@ -92,7 +102,7 @@ def _index(pack: Pack, view: str, read_data: bool) -> tuple[Records | None, list
     size = storage.size_of(pack.path / relative)
     if size != entry.index.size:
         problem = "missing" if size is None else f"{size:,} bytes instead of {entry.index.size:,}"
-        return None, [Finding(relative, None, problem, REMEDY)]
+        return None, [Finding(relative, None, problem, _repair(pack))]
     if not read_data:
         return None, []
     try:
@@ -100,7 +110,7 @@ def _index(pack: Pack, view: str, read_data: bool) -> tuple[Records | None, list
         index: Index = pack.sample_reader().index(view)
         return index.read(np.arange(entry.n_samples)), []
     except (DamageError, StorageError) as error:
-        return None, [Finding(relative, None, str(error), REMEDY)]
+        return None, [Finding(relative, None, _problem(pack, relative, error), _repair(pack))]
 
 
 def _tar(pack: Pack, view: str, number: int, records: Records | None, read_data: bool) -> list[Finding]:
@@ -110,18 +120,18 @@ def _tar(pack: Pack, view: str, number: int, records: Records | None, read_data:
     size = storage.size_of(pack.path / relative)
     if size != entry.size:
         problem = "missing" if size is None else f"{size:,} bytes instead of {entry.size:,}"
-        return [Finding(relative, unit, problem, REMEDY)]
+        return [Finding(relative, unit, problem, _repair(pack))]
     if not read_data:
         return []
     try:
         if storage.sha256_of(pack.path / relative)[1] != entry.sha256:
             problem = "damaged (SHA-256 differs from pack.json)"
             problem += _damaged_samples(pack, relative, number, records)
-            return [Finding(relative, unit, problem, REMEDY)]
+            return [Finding(relative, unit, problem, _repair(pack))]
         if records is not None:
             _check_tar(pack, view, number, records[records["tar"] == number])
     except (DamageError, StorageError) as error:
-        return [Finding(relative, unit, str(error), REMEDY)]
+        return [Finding(relative, unit, _problem(pack, relative, error), _repair(pack))]
     return []
 
 

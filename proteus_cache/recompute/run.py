@@ -214,9 +214,8 @@ def _unreadable(side: Side, unit: tuple[str, int], why: str) -> Finding:
 
 def _finding(side: Side, entry: Entry, problem: str) -> Finding:
     unit = f"{entry.view}/{shard_stem(entry.shard)}"
-    mend = stores.repair_command(side.facts.path)
     if side.facts.kind == "cache":
-        remedy = f"run `{mend} --unit {unit}`: it redoes this unit"
+        remedy = f"run `{stores.repair_command(side.facts.path, '--unit', unit)}`: it redoes this unit"
     else:
         remedy = "the cache has the same: verify it with --recompute, repair its units, and pack it to a new folder"
     return Finding(_path(side, entry.view, entry.shard), unit, problem, remedy)

@@ -12,6 +12,7 @@ import io
 import logging
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -25,10 +26,11 @@ from proteus_cache.cache.verify import IMAGES, Finding, verify_cache
 from proteus_cache.cache.writer import wanted_metadata
 from proteus_cache.codecs import Codec, load_codec
 from proteus_cache.documents import MAX_DOCUMENT_BYTES
-from proteus_cache.errors import DamageError, ProteusCacheError, StorageError
+from proteus_cache.errors import CanaryError, DamageError, ProteusCacheError, StorageError, UsageError, WeightsError
+from proteus_cache.extract.canary import CANARY_EVERY
 from proteus_cache.extract.compatibility import check_image_root, check_settings
 from proteus_cache.extract.config import ExtractConfig
-from proteus_cache.extract.pipeline import units_to_do
+from proteus_cache.extract.pipeline import Progress, units_to_do
 from proteus_cache.extract.planning import PlannedCache
 from proteus_cache.extract.records import spec_of
 from proteus_cache.extract.run import empty_temporary, redo_units
@@ -36,7 +38,8 @@ from proteus_cache.recompute.teacher import load_recorded_teacher
 from proteus_cache.repair.damage import Damage, Unit, parse_units
 from proteus_cache.repair.plan_files import find_parameters, image_list_bytes, parameters_of, refit_parameters
 from proteus_cache.repair.proof import ImageProof
-from proteus_cache.repair.report import Action, RepairReport, State
+from proteus_cache.repair.report import NAMED, STOPPED, Action, RepairReport, State, in_repair
+from proteus_cache.stores import IMAGES_DIR, WEIGHTS_FILE, has_weights_of_a_file
 from proteus_cache.teachers.teacher import Teacher
 
 logger = logging.getLogger(__name__)
@@ -48,9 +51,17 @@ _ROUNDS = 3
 _COPY = "copy this file from another copy of the cache"
 
 
+class _MissingError(ProteusCacheError):
+    """Images or weights were not given, and are not where they are looked for; `needs` are the flags."""
+
+    def __init__(self, message: str, needs: Sequence[str]) -> None:
+        super().__init__(message)
+        self.needs = tuple(needs)
+
+
 def repair_cache(
     path: Path,
-    settings: Callable[[], ExtractConfig],
+    settings: Callable[[], ExtractConfig | None],
     *,
     home: Path,
     read_data: bool = True,
@@ -62,7 +73,8 @@ def repair_cache(
 
     Args:
         path: of the cache.
-        settings: of its extraction, asked for only when images are needed; `out` must be `path`.
+        settings: of its extraction, asked for only when images are needed; `out` must be `path`. None where no images
+            were given: then what needs none is mended, and the rest is said.
         home: PROTEUS_HOME, where weights and other stores are.
         read_data: find damage by reading everything; otherwise by structure, names and sizes.
         units: to be redone even if they look whole, such as "v000/s00003".
@@ -70,8 +82,8 @@ def repair_cache(
         phase: for progress.
 
     Raises:
-        UsageError: no cache, no such unit, no images, or settings that the cache was not made with.
-        WeightsError: weights are needed and missing, or are not the recorded ones; nothing was touched.
+        UsageError: no cache, no such unit, other images, or settings that the cache was not made with.
+        WeightsError: the weights that were given are not the recorded ones; nothing was touched.
         DamageError: the manifest is damaged, so nothing else can be judged.
     """
     return _CacheRepair(path, settings, home, read_data, dry_run, phase).run(units)
@@ -81,7 +93,7 @@ class _CacheRepair:
     def __init__(
         self,
         path: Path,
-        settings: Callable[[], ExtractConfig],
+        settings: Callable[[], ExtractConfig | None],
         home: Path,
         read_data: bool,
         dry_run: bool,
@@ -96,6 +108,11 @@ class _CacheRepair:
         self.phase = phase
         self.actions: list[Action] = []
         self.redone: set[Unit] = set()
+        self.doubted: set[Unit] = set()
+        """Redone, and taken back: a canary says that this machine cannot be trusted."""
+        self.undone: list[Finding] = []
+        """Of units that are as they were."""
+        self.missing: _MissingError | None = None
         self.error: str | None = None
         self.has_new_list = False
 
@@ -108,28 +125,37 @@ class _CacheRepair:
             damage = _without(Damage.of(self.cache, findings, forced if number == 0 else ()), tried)
             if damage == Damage():
                 break
-            if number == 0 and damage.units:
+            if number == 0 and damage.units and {view for view, _ in damage.units} <= set(self.cache.views()):
                 before = _identity(self.path)
-            self._mend(damage)
+            try:
+                self._mend(damage)
+            except ProteusCacheError as error:
+                if number == 0:
+                    raise
+                self.error = in_repair(error)
+                break
             if self.dry_run:
                 return self._report([], None)
             findings = self._look_again()
             if self.error is not None:
                 break
         self._settle(findings)
-        if not findings and not units_to_do(self.cache, self.cache.views()):
+        if not findings and not self.undone and not units_to_do(self.cache, self.cache.views()):
             empty_temporary(self.cache)
         identity = (before, _identity(self.path)) if self.redone else None
         return self._report(findings, identity)
 
     def _report(self, left: list[Finding], identity: tuple[str | None, str | None] | None) -> RepairReport:
+        said = {(finding.path, finding.unit) for finding in left}
+        undone = [] if self.dry_run else [f for f in self.undone if (f.path, f.unit) not in said]
         return RepairReport(
             path=self.path,
             kind="cache",
             is_dry_run=self.dry_run,
             actions=self.actions,
-            left=left,
+            left=left + undone,
             error=self.error,
+            needs=() if self.missing is None else self.missing.needs,
             identity=identity,
         )
 
@@ -164,33 +190,59 @@ class _CacheRepair:
         self._mend_units(damage.units)
 
     def _refuse_what_cannot_be(self, damage: Damage) -> None:
-        """Before anything is touched: images and weights, where units have to be redone.
+        """Before anything is touched: the images and weights that were given, where units have to be redone.
 
         Raises:
-            UsageError: there are no images, or not those of this cache; settings that it was not made with.
-            WeightsError: the weights cannot be had, or are other ones.
+            UsageError: the images are not those of this cache; settings that it was not made with.
+            WeightsError: the weights are other ones.
         """
         if not damage.units:
             return
-        if not damage.image_list:
-            check_image_root(self.cache, self.image_root, self.config.images)
-        assert self.teacher.identity.weights_sha256 == self.cache.manifest.teacher.weights_sha256
+        with suppress(_MissingError, DamageError):  # said of every unit
+            if not damage.image_list:
+                check_image_root(self.cache, self.image_root, self.config.images)
+            assert self.teacher.identity.weights_sha256 == self.cache.manifest.teacher.weights_sha256
+
+    @property
+    def config(self) -> ExtractConfig:
+        """Raises _MissingError where no images were given."""
+        if self._given is None:
+            needs = IMAGES_DIR + (WEIGHTS_FILE if has_weights_of_a_file(self.path) else [])
+            raise self._misses("it is made from images: give --images DIR, the same as for extract", needs)
+        return self._given
 
     @cached_property
-    def config(self) -> ExtractConfig:
-        config = replace(self.settings(), out=self.path)
-        check_settings(config, self.cache.manifest)
+    def _given(self) -> ExtractConfig | None:
+        given = self.settings()
+        if given is None:
+            return None
+        check_settings(config := replace(given, out=self.path), self.cache.manifest)
         return config
 
-    @cached_property
+    @property
     def teacher(self) -> Teacher:
-        return load_recorded_teacher(
-            self.cache.manifest.teacher,
-            self.path,
-            weights=self.config.weights,
-            home=self.home,
-            progress=lambda done, total: self.phase("teacher", "MB")(done / 1e6, (total or done) / 1e6),
-        )
+        """Raises _MissingError where no weights were given, and the official ones cannot be had or are not those."""
+        if isinstance(self._loaded, ProteusCacheError):
+            raise self._loaded
+        return self._loaded
+
+    @cached_property
+    def _loaded(self) -> Teacher | ProteusCacheError:
+        weights = self.config.weights
+        try:
+            return load_recorded_teacher(
+                self.cache.manifest.teacher,
+                self.path,
+                weights=weights,
+                home=self.home,
+                progress=lambda done, total: self.phase("teacher", "MB")(done / 1e6, (total or done) / 1e6),
+            )
+        except (UsageError, WeightsError) as error:
+            return error if weights is not None else self._misses(str(error), WEIGHTS_FILE)
+
+    def _misses(self, message: str, needs: Sequence[str]) -> _MissingError:
+        self.missing = _MissingError(message, needs)
+        return self.missing
 
     @property
     def image_root(self) -> Path:
@@ -199,6 +251,8 @@ class _CacheRepair:
     def _note(self, unit: str | None, findings: list[Finding], state: State, remedy: str) -> None:
         paths = tuple(dict.fromkeys(finding.path for finding in findings))
         problem = "; ".join(dict.fromkeys(finding.problem for finding in findings))
+        if unit is not None and state == "not done":
+            self.undone += [finding for finding in findings if finding.problem != NAMED]
         self.actions.append(Action(unit=unit, paths=paths, problem=problem, remedy=remedy, state=state))
 
     def _mend_image_list(self, findings: list[Finding]) -> None:
@@ -206,9 +260,9 @@ class _CacheRepair:
             return
         try:
             data = image_list_bytes(self.cache, self.config)
+            self._write(IMAGES, data)
         except ProteusCacheError as error:
-            return self._note(None, findings, "not done", f"{error}; {_COPY}")
-        self._write(IMAGES, data)
+            return self._note(None, findings, "not done", f"{in_repair(error)}; {_COPY}")
         self.cache.image_table = pq.read_table(io.BytesIO(data))  # for a dry run, which writes none
         self.has_new_list = True
         return self._note(None, findings, self._state, "list the images again: it has the recorded digest")
@@ -231,8 +285,7 @@ class _CacheRepair:
                 remedy = "fitting again here gives other parameters (another device or library); "
                 self._note(None, [finding], "not done", f"{remedy}{_COPY}, or from a pack of it")
                 continue
-            self._write(finding.path, data)
-            self._note(None, [finding], self._state, how)
+            self._write_or_say(finding, data, how)
 
     def _refit(self) -> dict[str, bytes]:
         check_image_root(self.cache, self.image_root, self.config.images)
@@ -251,8 +304,7 @@ class _CacheRepair:
                 )
                 self._note(None, [finding], "not done", remedy)
                 continue
-            self._write(finding.path, data)
-            self._note(None, [finding], self._state, "derive it from the manifest: it is the one that receipts name")
+            self._write_or_say(finding, data, "derive it from the manifest: it is the one that receipts name")
 
     def _digests_of(self, path: str) -> set[str]:
         """What the receipts below a zarr.json say of it."""
@@ -272,14 +324,14 @@ class _CacheRepair:
         if not units:
             return
         why_none = self._why_no_unit()
-        proof = ImageProof(self.cache, self.image_root)
+        proof = ImageProof(self.cache, self.image_root) if why_none is None else None
         can: list[Unit] = []
         update = self.phase("prove", "units")
         for done, (unit, findings) in enumerate(units.items(), start=1):
             why = why_none
-            if why is None:
+            if proof is not None:
                 try:
-                    why = proof.why_not(unit)
+                    why = self._obstacle(unit) or proof.why_not(unit)
                 except (DamageError, StorageError) as error:
                     why = str(error)
             if why is None:
@@ -291,28 +343,63 @@ class _CacheRepair:
             for unit in can:
                 self._note(_name(unit), units[unit], "to do", "extract it again from its images")
             return
-        written = self._redo(can)
+        before = {unit: _mark(self.cache.layout.receipt(*unit)) for unit in can}
+        written = self._redo(can, before)
         for unit in can:
             if unit in written:
                 self._note(_name(unit), units[unit], "done", "extract it again from its images")
             else:
-                self._note(_name(unit), units[unit], "not done", f"{self.error}; it keeps what it has")
+                self._note(_name(unit), units[unit], "not done", self._what_it_has(unit, before[unit]))
+
+    def _what_it_has(self, unit: Unit, before: tuple[int, int] | None) -> str:
+        """Of a unit that was to be redone, and is not."""
+        if unit in self.doubted:
+            return "it was made again by a machine that fails, as said below; its receipt was taken away: repair again"
+        receipt = self.cache.layout.receipt(*unit)
+        if before is not None and _mark(receipt) is None:
+            return f"{STOPPED}, and after its receipt was taken away: repair again"
+        return f"{STOPPED}; it keeps what it has"
+
+    def _obstacle(self, unit: Unit) -> str | None:
+        """What stands in a unit's places and cannot be replaced: it is not ours, and somebody has to look at it."""
+        layout = self.cache.layout
+        for path in (layout.receipt(*unit), *map(layout.resolve, self.cache.unit_files(*unit))):
+            if path.is_dir() and not path.is_symlink():
+                return f"a folder stands in the place of {path}; look at it, and move it away"
+            for folder in path.relative_to(layout.root).parents:
+                if os.path.lexists(place := layout.root / folder) and not place.is_dir():
+                    return f"{place}: stands where a folder is needed; look at it, and move it away"
+        return None
 
     def _why_no_unit(self) -> str | None:
-        """Why no unit can be redone; None when the plan is whole."""
+        """Why no unit can be redone; None when the plan is whole, and images and weights are there."""
         try:
+            _ = self.teacher
             _ = self.cache.image_table
             if not self.dry_run:
                 self._codecs()
-        except (DamageError, StorageError) as error:
+        except (DamageError, StorageError, _MissingError) as error:
             return str(error)
         return None
 
-    def _redo(self, units: list[Unit]) -> set[Unit]:
-        """Extract units again; returns those that were committed."""
+    def _redo(self, units: list[Unit], before: dict[Unit, tuple[int, int] | None]) -> set[Unit]:
+        """Extract units again; returns those that were committed, and that the canaries let pass.
+
+        As many at a time as one check of the canaries proves, so that those in doubt are known.
+        """
         cache, receipts = self.cache, self.cache.layout.receipt
-        before = {unit: _mark(receipts(*unit)) for unit in units}
         update = self.phase("repair", "views")
+        n_views = sum(len(cache.rows(*unit)) for unit in units)
+        done = n_bytes = 0
+        last = Progress(0, 0, 0, 0)
+
+        def tell(at: Progress) -> None:
+            nonlocal last
+            last = at
+            update(done + at.views_done, n_views, n_bytes + at.bytes_written)
+
+        written: set[Unit] = set()
+        part: list[Unit] = []
         try:
             storage.make_folder(cache.layout.temporary, cache.path)
             planned = PlannedCache(
@@ -325,13 +412,29 @@ class _CacheRepair:
                 view_bytes=None,
                 views_per_s=None,
             )
-            redo_units(self.config, planned, units, lambda at: update(at.views_done, at.views_all, at.bytes_written))
-            written = set(units)
+            for start in range(0, len(units), CANARY_EVERY):
+                part = units[start : start + CANARY_EVERY]
+                redo_units(self.config, planned, part, tell)
+                written |= set(part)
+                done, n_bytes = done + last.views_done, n_bytes + last.bytes_written
         except ProteusCacheError as error:
-            self.error = str(error)
-            written = {unit for unit in units if _mark(receipts(*unit)) not in (None, before[unit])}
+            self.error = in_repair(error)
+            made = {unit for unit in part if _mark(receipts(*unit)) not in (None, before[unit])}
+            if isinstance(error, CanaryError):
+                self._take_back(made)
+            else:
+                written |= made
         self.redone |= written
         return written
+
+    def _take_back(self, units: set[Unit]) -> None:
+        """Remove the receipts of units that must not be trusted, so that the next repair makes them again."""
+        self.doubted |= units
+        for unit in sorted(units):
+            try:
+                storage.remove(self.cache.layout.receipt(*unit))
+            except StorageError as error:
+                self.error = f"{self.error}; {in_repair(error)}"
 
     def _codecs(self) -> dict[str, Codec]:
         return {
@@ -342,6 +445,13 @@ class _CacheRepair:
     @property
     def _state(self) -> State:
         return "to do" if self.dry_run else "done"
+
+    def _write_or_say(self, finding: Finding, data: bytes, how: str) -> None:
+        try:
+            self._write(finding.path, data)
+        except ProteusCacheError as error:
+            return self._note(None, [finding], "not done", in_repair(error))
+        return self._note(None, [finding], self._state, how)
 
     def _write(self, relative: str, data: bytes) -> None:
         if self.dry_run:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 from proteus_cache import storage
@@ -10,7 +11,8 @@ from proteus_cache.cache.layout import is_view, shard_of_receipt, shard_stem, un
 from proteus_cache.cache.reader import Cache
 from proteus_cache.cache.verify import IMAGES, Finding
 from proteus_cache.cache.writer import rows_of_view, wanted_metadata
-from proteus_cache.errors import UsageError
+from proteus_cache.errors import StorageError, UsageError
+from proteus_cache.repair.report import NAMED
 
 Unit = tuple[str, int]
 
@@ -55,7 +57,7 @@ class Damage:
                 damage.foreign.append(finding)
         for unit in forced:
             name = f"{unit[0]}/{shard_stem(unit[1])}"
-            damage.units.setdefault(unit, [Finding(f"receipts/{name}.json", name, "named with --unit", "")])
+            damage.units.setdefault(unit, [Finding(f"receipts/{name}.json", name, NAMED, "")])
         damage.units = dict(sorted(damage.units.items()))
         return damage
 
@@ -94,8 +96,21 @@ def unit_of_file(cache: Cache, path: str) -> Unit | None:
 
 
 def _was_begun(cache: Cache, view: str) -> bool:
-    """Whether a unit of this view index was ever committed here."""
-    return view in storage.list_folder(cache.path / "receipts")
+    """Whether a unit of this view index was ever committed here: it has receipts, or all files of a unit.
+
+    All receipts of a view index may be lost at once, and a single file may be anybody's.
+    """
+    if view in storage.list_folder(cache.path / "receipts"):
+        return True
+    _, n_shards = rows_of_view(cache.manifest, view)
+    with suppress(StorageError):  # a file in the place of a folder
+        for name in storage.list_folder(cache.path / "views" / view):
+            shard = shard_of_receipt(f"{name.removesuffix('.tar')}.json")
+            if shard is not None and shard < n_shards:
+                files = map(cache.layout.resolve, cache.unit_files(view, shard))
+                if all(storage.size_of(file) is not None for file in files):
+                    return True
+    return False
 
 
 def _is_metadata(cache: Cache, path: str) -> bool:

@@ -31,12 +31,12 @@ from proteus_cache.pack.unit import UnitJob, source_digest, unit_samples
 from proteus_cache.pack.verify import verify_pack
 from proteus_cache.pack.writer import PackedSample, index_buffers, make_records, tar_buffers
 from proteus_cache.repair.plan_files import find_parameters
-from proteus_cache.repair.report import Action, RepairReport, State
+from proteus_cache.repair.report import NAMED, STOPPED, Action, RepairReport, State, in_repair, stops_writing
 
 logger = logging.getLogger(__name__)
 
 Phase = Callable[[str, str], Callable[..., None]]
-_COPY = "copy this file from another copy of the pack, or pack the cache to a new folder"
+_COPY = "copy this file from another copy of the pack"
 _ROUNDS = 2
 
 
@@ -86,6 +86,7 @@ class _PackRepair:
         self.made: set[tuple[str, int]] = set()
         self.parameters: dict[str, bytes] = {}
         """Those that were lost, by their SHA-256."""
+        self.error: str | None = None
         self.cache: Cache | None = self._open(cache) if cache is not None else self._find_cache()
 
     def run(self, units: Sequence[str]) -> RepairReport:
@@ -95,11 +96,11 @@ class _PackRepair:
         for view, number in forced:
             name = f"{view}/{shard_stem(number)}"
             if name not in known:
-                findings.append(Finding(tar_name(view, number), name, "named with --unit", ""))
+                findings.append(Finding(tar_name(view, number), name, NAMED, ""))
         tried: set[str] = set()
         for _ in range(_ROUNDS):
             fresh = [finding for finding in findings if finding.path not in tried]
-            if not fresh:
+            if not fresh or self.error is not None:
                 break
             tried |= {finding.path for finding in fresh}
             self._mend(fresh)
@@ -114,7 +115,14 @@ class _PackRepair:
         return self._report(findings)
 
     def _report(self, left: list[Finding]) -> RepairReport:
-        return RepairReport(path=self.path, kind="pack", is_dry_run=self.dry_run, actions=self.actions, left=left)
+        return RepairReport(
+            path=self.path,
+            kind="pack",
+            is_dry_run=self.dry_run,
+            actions=self.actions,
+            left=left,
+            error=self.error,
+        )
 
     def _settle(self, left: list[Finding]) -> None:
         paths = {finding.path for finding in left}
@@ -169,7 +177,7 @@ class _PackRepair:
                 tars.append((finding, unit))
             elif finding.path not in indices:
                 is_own = finding.path == "pack.json"
-                leave = _COPY if is_own else "it is not the pack's, so repair leaves it; look at it, and remove it"
+                leave = self._copy if is_own else "it is not the pack's, so repair leaves it; look at it, and remove it"
                 self._note(finding, "not done", leave)
         update = self.phase("repair", "units")
         for done, (finding, (view, number)) in enumerate(tars, start=1):
@@ -180,10 +188,24 @@ class _PackRepair:
                 self._try(finding, partial(self._index, indices[finding.path]))
 
     def _try(self, finding: Finding, make: Callable[[], str]) -> None:
+        if self.error is not None:
+            return self._note(finding, "not done", f"{STOPPED}; it stays as it is")
         try:
             self._note(finding, "to do" if self.dry_run else "done", make())
         except ProteusCacheError as error:
-            self._note(finding, "not done", f"{error}; {_COPY}")
+            if stops_writing(error):
+                self.error = in_repair(error)
+                self._note(finding, "not done", f"{STOPPED}; it stays as it is")
+            elif finding.problem == NAMED:
+                self._note(finding, "not done", f"{in_repair(error)}; the tar that is there is whole, and stays")
+            else:
+                self._note(finding, "not done", f"{in_repair(error)}; {self._copy}")
+
+    @cached_property
+    def _copy(self) -> str:
+        """What else there is to do for a file: a new pack only where the cache still has all that is packed."""
+        held = self.cache.complete_views() if self.cache is not None else []
+        return f"{_COPY}, or pack the cache to a new folder" if {*self.pack.document.packed} <= {*held} else _COPY
 
     def _note(self, finding: Finding, state: State, remedy: str) -> None:
         action = Action(unit=finding.unit, paths=(finding.path,), problem=finding.problem, remedy=remedy, state=state)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import os
+import logging
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from proteus_cache.cache.manifest import TargetRecord
 from proteus_cache.cache.reader import Cache
 from proteus_cache.codecs import fit_codec
 from proteus_cache.devices import use_device
-from proteus_cache.errors import ProteusCacheError
+from proteus_cache.errors import DamageError, ProteusCacheError, StorageError
 from proteus_cache.extract.calibration import Photographs, calibrate
 from proteus_cache.extract.config import ExtractConfig
 from proteus_cache.extract.listing import image_table
@@ -22,6 +23,8 @@ from proteus_cache.extract.records import spec_of
 from proteus_cache.extract.rendering import default_workers
 from proteus_cache.processes import usable_cores
 from proteus_cache.teachers.teacher import Teacher
+
+logger = logging.getLogger(__name__)
 
 _MAX_BLOB_BYTES = 1 << 30
 
@@ -53,13 +56,21 @@ def image_list_bytes(cache: Cache, config: ExtractConfig) -> bytes:
 def find_parameters(home: Path, sha256: str) -> bytes | None:
     """A codec's parameters from a cache or pack below PROTEUS_HOME, by their digest; None where there are none."""
     for kind in ("packs", "caches"):
-        for name in storage.list_folder(home / kind):
-            file = home / kind / name / "codec" / f"{sha256}.safetensors"
-            if os.path.isdir(file.parent) and storage.size_of(file):
-                data = storage.read_bytes(file, _MAX_BLOB_BYTES)
-                if hashlib.sha256(data).hexdigest() == sha256:
+        with suppress(StorageError):
+            for name in storage.list_folder(home / kind):
+                data = _parameters_in(home / kind / name / "codec" / f"{sha256}.safetensors")
+                if data is not None and hashlib.sha256(data).hexdigest() == sha256:
                     return data
     return None
+
+
+def _parameters_in(file: Path) -> bytes | None:
+    """The bytes of a file of another store; None where it has none that can be read: its own verify says so."""
+    try:
+        return storage.read_bytes(file, _MAX_BLOB_BYTES) if storage.size_of(file) else None
+    except (DamageError, StorageError) as error:
+        logger.warning("passed over file=%s reason=%s", file, error)
+        return None
 
 
 def refit_parameters(

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import errno
+import re
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from proteus_cache.cache.verify import Finding
+from proteus_cache.errors import ProteusCacheError, SpaceError
 from proteus_cache.stores import Kind
 
 State: TypeAlias = Literal["done", "to do", "not done"]
 """`to do` stands in a dry run only."""
+NAMED = "named with --unit"
+"""The problem of a unit that looks whole, and is made again because somebody asks for it."""
+STOPPED = "repair stopped before it was made, as said below"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,15 +54,23 @@ class RepairReport:
     """What a last check still finds; empty in a dry run, which ends with what it would do."""
     error: str | None = None
     """What ended the repair before its end."""
+    needs: tuple[str, ...] = ()
+    """Flags that were missing, each with a word in place of its value: "--images", "DIR"."""
     identity: tuple[str | None, str | None] | None = None
     """Identity of a cache before and after, where units were redone; None where it cannot be told."""
 
     @property
     def is_whole(self) -> bool:
-        """Whether nothing is left to mend."""
+        """Whether nothing is left to mend; a whole unit that was to be made again, and was not, is whole."""
         if self.is_dry_run:
             return not self.actions
-        return not self.left and self.error is None and all(action.state == "done" for action in self.actions)
+        damaged = (action for action in self.actions if action.problem != NAMED)
+        return not self.left and self.error is None and all(action.state == "done" for action in damaged)
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the store is whole, and all that was asked for was done."""
+        return self.is_whole and all(action.state == "done" for action in self.actions)
 
     def to_json(self) -> dict[str, Any]:
         """For machines."""
@@ -96,3 +110,13 @@ class RepairReport:
         if self.is_whole:
             return f"{said}; whole" if said else "whole; there was nothing to repair"
         return f"{said or 'nothing done'}; not whole"
+
+
+def in_repair(error: ProteusCacheError) -> str:
+    """What an error says, without advice that a store which is there already cannot follow."""
+    return re.sub(r"(, or|:) give another folder( \(.*?\))?", "", str(error))
+
+
+def stops_writing(error: ProteusCacheError) -> bool:
+    """Whether no other file of the store can be written either: the disk is full or mounted read-only."""
+    return isinstance(error, SpaceError) or getattr(error.__cause__, "errno", None) == errno.EROFS

@@ -6,9 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from proteus_cache.cache.verify import Finding
-from proteus_cache.next_steps import resume_training
 from proteus_cache.repair.report import Action, RepairReport, State
-from proteus_cache.train.checkpoint import checkpoint_steps, remove_checkpoint
+from proteus_cache.train.checkpoint import checkpoint_steps, is_damaged, remove_checkpoint
 from proteus_cache.train.run_folder import CHECKPOINTS
 from proteus_cache.train.verify import verify_run
 
@@ -34,15 +33,19 @@ def repair_run(
     """
     findings = verify_run(path, read_data, phase("verify", "files"))
     steps = {f"{CHECKPOINTS}/step-{step:08d}" for step in checkpoint_steps(path / CHECKPOINTS)}
-    damaged = [finding for finding in findings if finding.path in steps]
-    can = len(damaged) < len(steps)
+    found = [finding for finding in findings if finding.path in steps]
+    # Looked at twice: a disk that failed once must not cost a checkpoint.
+    damaged = [finding for finding in found if is_damaged(path / finding.path, digests=read_data)]
+    can = len(found) < len(steps)
     if damaged and can and not dry_run:
         agree(f"{path}: remove {len(damaged)} damaged checkpoint{'s' * (len(damaged) != 1)}? A whole one remains.")
     actions = []
     for finding in findings:
-        if finding not in damaged:
-            remedy = f"repair cannot make it: run `{resume_training(path)}`, which writes the final weights anew"
-            actions.append(_action(finding, "not done", finding.remedy if "only eval" in finding.remedy else remedy))
+        if finding in found and finding not in damaged:
+            remedy = "it is kept, for it may be whole: look at the disk (dmesg) or the file server, then verify again"
+            actions.append(_action(finding, "not done", remedy))
+        elif finding not in damaged:
+            actions.append(_action(finding, "not done", f"repair cannot make it: {finding.remedy}"))
         elif not can:
             remedy = "no checkpoint of this run is whole, so they are kept: look at the disk, then train anew"
             actions.append(_action(finding, "not done", remedy))

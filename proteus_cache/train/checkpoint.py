@@ -99,8 +99,8 @@ def write_checkpoint(
         state: all but `files`, which is filled in here.
         tensors: file name (`TENSOR_FILES`) -> its tensors.
         keep: checkpoints to keep, this one included.
-        after: step of the checkpoint that this run wrote or was resumed from last. Those between it and this one were
-            damaged then, so they go, and are not among those kept.
+        after: step of the checkpoint that this run wrote or was resumed from last. Those between it and this one could
+            not be loaded then: they are not among those kept, and those that are damaged go.
 
     Returns:
         The checkpoint's folder. An older folder of the same step is replaced.
@@ -116,8 +116,9 @@ def write_checkpoint(
     with _removed_on_failure(temp):
         _give_name(temp, final)
     upto = [step for step in checkpoint_steps(folder) if step <= state.step]
-    damaged = [step for step in upto if after is not None and after < step < state.step]
-    good = [step for step in upto if step not in damaged]
+    passed = [step for step in upto if after is not None and after < step < state.step]
+    good = [step for step in upto if step not in passed]
+    damaged = [step for step in passed if is_damaged(folder / f"step-{step:08d}")]
     for step in damaged + good[:-keep]:
         remove_checkpoint(folder / f"step-{step:08d}")
     log.info("wrote checkpoint=%s seconds=%.1f", final, time.perf_counter() - began)
@@ -204,22 +205,36 @@ def newest_checkpoint(folder: Path) -> Checkpoint | None:
             failed[step] = error
             continue
         for other, reason in failed.items():
-            what = "cannot be read" if _may_be_whole(reason) else "is damaged"
+            what = "cannot be read" if may_be_whole(reason) else "is damaged"
             log.warning("checkpoint step=%d %s and is skipped, step=%d is used instead: %s", other, what, step, reason)
         return found
     if not failed:
         return None
     many = f"none of the {len(failed)} checkpoints"
     for reason in failed.values():
-        if _may_be_whole(reason):
+        if may_be_whole(reason):
             raise type(reason)(f"{folder}: {many} can be read, and nothing is changed: {reason}") from reason
     first = next(iter(failed.values()))
     raise DamageError(f"{folder}: {many} is whole; remove them and start again without --resume ({first})") from first
 
 
-def _may_be_whole(error: ProteusCacheError) -> bool:
+def may_be_whole(error: ProteusCacheError) -> bool:
     """Whether a checkpoint was not loaded because the disk failed, and not because of what is in it."""
     return isinstance(error, StorageError) and not isinstance(error.__cause__, FileNotFoundError | NotADirectoryError)
+
+
+def is_damaged(path: Path, *, digests: bool = True) -> bool:
+    """Whether a checkpoint is known not to be what was written; False where the disk does not give it.
+
+    Args:
+        path: of the folder.
+        digests: as for `verify_checkpoint`.
+    """
+    try:
+        verify_checkpoint(path, digests=digests)
+    except (DamageError, StorageError) as error:
+        return not may_be_whole(error)
+    return False
 
 
 def load_checkpoint(folder: Path, step: int) -> Checkpoint:

@@ -17,6 +17,7 @@ from proteus_cache.students.registry import student_metadata
 from proteus_cache.train.board import Board
 from proteus_cache.train.config import TrainConfig
 from proteus_cache.train.data import TrainingData
+from proteus_cache.train.finished import withdraw_finished, write_finished
 from proteus_cache.train.progress import Rates
 from proteus_cache.train.run_folder import (
     EMA,
@@ -142,15 +143,22 @@ class RunRecord:
         self._board.flush()
 
     def write_student(self, state: TrainingState, step: int) -> None:
-        """Write `student`, `heads` and `ema.safetensors` of a finished run."""
+        """Write `student`, `heads` and `ema.safetensors` of a finished run, and `finished.json`, which names them."""
         config = self._config
+        withdraw_finished(config.out)
         shape, common = self._shape(), self._common(step)
         share = repr(config.ema_decay**step)
         average = {"weights": "ema", "ema_decay": repr(config.ema_decay), "initialisation_share": share}
         bare = state.bare
-        replace_tensors(config.out / STUDENT, bare.student.state_dict(), shape | common | {"weights": "raw"})
-        replace_tensors(config.out / HEADS, bare.head_tensors(self._data.bases), common | {"weights": "raw"})
-        replace_tensors(config.out / EMA, state.ema.module.state_dict(), shape | common | average)
+        raw = {"weights": "raw"}
+        files = {
+            STUDENT: replace_tensors(config.out / STUDENT, bare.student.state_dict(), shape | common | raw),
+            HEADS: replace_tensors(config.out / HEADS, bare.head_tensors(self._data.bases), common | raw),
+            EMA: replace_tensors(config.out / EMA, state.ema.module.state_dict(), shape | common | average),
+        }
+        if storage.size_of(config.out / START) is not None:
+            files[START] = storage.Written(*storage.sha256_of(config.out / START))
+        write_finished(config.out, step, files)
 
     def write_start(self, state: TrainingState) -> None:
         """Write `start.safetensors`, the student before its first step: what `eval` compares a run with `init` with."""

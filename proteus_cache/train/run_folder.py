@@ -10,6 +10,7 @@
     heads.safetensors        mask token and heads
     ema.safetensors          average weights and the share of the initialisation in them
     start.safetensors        the student as it began, of a run that was given start weights
+    finished.json            see finished.py; of a finished run
     not-finite.json          samples and losses of the step that ended a run whose loss was not finite
 
 Steps are counted from 1 here: the line of step 4 is what the fourth step computed, and the checkpoint of step
@@ -38,6 +39,7 @@ STUDENT = "student.safetensors"
 HEADS = "heads.safetensors"
 EMA = "ema.safetensors"
 START = "start.safetensors"
+FINISHED = "finished.json"
 NOT_FINITE = "not-finite.json"
 TENSORBOARD = "tensorboard"
 CHECKPOINTS = "checkpoints"
@@ -47,7 +49,8 @@ VIEW_KINDS = ("seen", "probe", "held_out")
 """Stored views that were trained on; never-trained views of the same images; views of images that are held out."""
 _OPTIONAL_LOSS = "loss_block"
 """Left out of a line of metrics where it is off, for Proteus has no such loss."""
-_OURS = frozenset({CONFIG, METRICS, TIMINGS, STUDENT, HEADS, EMA, START, NOT_FINITE, TENSORBOARD, CHECKPOINTS})
+_RESULTS = frozenset({STUDENT, HEADS, EMA, START, FINISHED, NOT_FINITE})
+_OURS = _RESULTS | {CONFIG, METRICS, TIMINGS, TENSORBOARD, CHECKPOINTS}
 
 
 def check_run_folder(out: Path, *, resume: bool) -> None:
@@ -84,7 +87,7 @@ def clear_leftovers(out: Path, *, is_new: bool) -> None:
     """Remove unfinished files of killed writers and, for a new run, the results of another one."""
     for name in storage.list_folder(out):
         is_unfinished = name.startswith(".") and any(name.startswith(f".{ours}.") for ours in _OURS)
-        if is_unfinished or (is_new and name in (STUDENT, HEADS, EMA, START, NOT_FINITE)):
+        if is_unfinished or (is_new and name in _RESULTS):
             storage.remove(out / name)
 
 

@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from proteus_cache import storage
-from proteus_cache.errors import ChecksumError, FormatError
+from proteus_cache.errors import ChecksumError, FormatError, StorageError
 
 FILE_DIGEST = "file_sha256"
 _UNKNOWN = "0" * 64
@@ -64,13 +64,13 @@ def tensor_chunks(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) ->
         yield tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
-def replace_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+def replace_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> storage.Written:
     """Write a safetensors file that proves itself beside `path`, durably, and give it that name."""
     digest = hashlib.sha256()
     for chunk in tensor_chunks(tensors, {**metadata, FILE_DIGEST: _UNKNOWN}):
         digest.update(memoryview(chunk).cast("B"))  # type: ignore[arg-type]  # numpy types its buffer from 3.12 on
     proved = {**metadata, FILE_DIGEST: digest.hexdigest()}
-    storage.write_whole(path, lambda: tensor_chunks(tensors, proved))
+    return storage.write_whole(path, lambda: tensor_chunks(tensors, proved))
 
 
 def check_tensors(path: Path) -> None:
@@ -88,12 +88,12 @@ def check_tensors(path: Path) -> None:
         header = file.read(n_header) if n_header <= _MAX_HEADER_BYTES else b""
         found = _DIGEST_PLACE.search(header)
         if found is None or len(header) != n_header:
-            raise FormatError(f"{path}: damaged, or no file of final weights (holds no {FILE_DIGEST} of itself)")
+            raise FormatError(f"{path}: damaged, or no file of final weights (it does not hold its own digest)")
         digest.update(start + header[: found.start(1)] + _UNKNOWN.encode() + header[found.end(1) :])
         while part := file.read(_READ_BYTES):
             digest.update(part)
     if digest.hexdigest().encode() != found[1]:
-        raise ChecksumError(f"{path}: not the file that was written (its {FILE_DIGEST} differs)")
+        raise ChecksumError(f"{path}: not the file that was written (it does not have the digest that it states)")
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -101,10 +101,17 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
     Raises:
         FormatError: missing, cut short, or not safetensors.
+        StorageError: it cannot be read.
     """
     try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            names: list[str] = file.keys()
-            return {name: file.get_tensor(name) for name in names}, dict(file.metadata() or {})
-    except (SafetensorError, OSError) as error:
+        with storage.reported("read", path):
+            open(path, "rb").close()  # the library says of whatever it cannot open that it is missing
+            with safe_open(path, framework="pt", device="cpu") as file:
+                names: list[str] = file.keys()
+                return {name: file.get_tensor(name) for name in names}, dict(file.metadata() or {})
+    except SafetensorError as error:
         raise FormatError(f"{path}: not a readable safetensors file ({error})") from error
+    except StorageError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            raise FormatError(f"{path}: missing") from error
+        raise

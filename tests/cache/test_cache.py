@@ -14,12 +14,13 @@ import zarr
 from proteus_cache import open_cache
 from proteus_cache.cache.layout import CacheLayout
 from proteus_cache.cache.reader import Cache
-from proteus_cache.cache.verify import verify_cache
+from proteus_cache.cache.verify import incomplete_views, verify_cache
 from proteus_cache.codecs import load_codec
 from proteus_cache.documents import parse_sealed, seal
 from proteus_cache.errors import ChecksumError, DamageError, FormatError, UsageError
 from proteus_cache.report.summary import describe, summarise_cache
 from proteus_cache.views.encode import digest_pixels
+from tests.cli.running import run
 from tests.makers import N_PATCHES, WIDTH, make_cache, make_config, run_extract
 
 
@@ -151,11 +152,79 @@ def test_verify_finds_missing_cut_and_foreign_files_without_reading_data(cache: 
         path.unlink()
         assert verify_cache(cache.path), f"{path} missing"
         path.write_bytes(good[:-1])
-        assert verify_cache(cache.path, read_data=path.name == "images.parquet"), f"{path} cut"
+        assert verify_cache(cache.path), f"{path} cut"
         path.write_bytes(good)
     (cache.path / "views" / "notes.txt").write_text("x")
     (finding,) = verify_cache(cache.path)
     assert (finding.path, finding.problem) == ("views/notes.txt", "does not belong to the cache")
+
+
+def remove_unit(cache: Cache, view: str, shard: int, *, receipt_only: bool = False) -> list[str]:
+    """Take a unit away; returns its files but the receipt."""
+    files = cache.unit_files(view, shard)
+    for file in [] if receipt_only else files:
+        (cache.path / file).unlink()
+    CacheLayout(cache.path).receipt(view, shard).unlink()
+    return files
+
+
+def test_a_unit_that_is_gone_altogether_is_said_and_is_no_damage(cache: Cache) -> None:
+    remove_unit(cache, "v001", 1)
+    remove_unit(cache, "probe", 0)
+
+    outcome = run("verify", cache.path, "--read-data", "--json")
+
+    said = json.loads(outcome.stdout)
+    assert said["is_whole"] is True
+    assert said["incomplete"] == {"probe": {"units": 0, "units_all": 1}, "v001": {"units": 2, "units_all": 3}}
+    assert said["next"] == "the same `proteus-cache extract` again, for units of probe, v001"
+    lines = run("verify", cache.path, "--read-data").stdout.splitlines()
+    assert "v001: 2 of 3 units; the others are lost or not extracted" in lines
+    assert any(line.startswith(f"cache {cache.path}: what is there is whole; checked") for line in lines)
+    assert incomplete_views(open_cache(cache.path)) == {"probe": (0, 1), "v001": (2, 3)}
+
+
+def test_files_of_a_unit_that_was_cut_off_are_not_called_foreign(cache: Cache) -> None:
+    files = remove_unit(cache, "v001", 2, receipt_only=True)
+
+    said = json.loads(run("verify", cache.path, "--json", code=1).stdout)
+
+    assert sorted(finding["path"] for finding in said["findings"]) == sorted(files)
+    for finding in said["findings"]:
+        assert finding["problem"] == "its unit has no receipt: cut off, under way, or lost"
+        assert finding["remedy"].startswith("run the same `proteus-cache extract` again")
+    assert said["next"] == "the same `proteus-cache extract` again, for units of v001"
+
+
+@pytest.mark.parametrize("read_data", [True, False])
+@pytest.mark.parametrize("folder", ["views/v000", "targets.zarr/v000", "receipts/v000", "codec"])
+def test_a_file_in_place_of_a_folder_does_not_end_the_check(cache: Cache, folder: str, read_data: bool) -> None:
+    shutil.rmtree(cache.path / folder)
+    (cache.path / folder).write_text("x")
+    (cache.path / "views/v001/s00001.tar").unlink()
+
+    findings = verify_cache(cache.path, read_data)
+
+    missing = {finding.path for finding in findings if finding.problem == "missing"}
+    assert "views/v001/s00001.tar" in missing
+    assert folder in ("codec", "receipts/v000") or any(path.startswith(folder) for path in missing)
+    (named,) = (finding for finding in findings if finding.path == folder)
+    assert folder == "codec" or named.problem == "a file stands where a folder is needed"
+
+
+def test_a_damaged_manifest_is_one_finding_with_what_to_do(cache: Cache) -> None:
+    path = cache.path / "manifest.json"
+    path.write_bytes(path.read_bytes().replace(b"vit", b"viT", 1))
+
+    said = json.loads(run("verify", cache.path, "--json", code=1).stdout)
+
+    (finding,) = said["findings"]
+    assert finding["path"] == "manifest.json"
+    assert finding["problem"].startswith("damaged (its bytes have digest ")
+    assert finding["remedy"] == "nothing else can be judged without it: copy it from another copy"
+    assert said["next"] is None
+    with pytest.raises(ChecksumError, match="copy it again from where it came from"):
+        open_cache(cache.path)
 
 
 def test_a_damaged_unit_is_not_read(cache: Cache) -> None:

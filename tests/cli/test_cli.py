@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from proteus_cache.cli.app import app
+from proteus_cache.stores import repair_command
 from tests.cli.running import extract_arguments, run, train_arguments
 
 
@@ -146,7 +147,7 @@ def test_verify_ends_with_1_and_names_the_file(folder: Path, tmp_path: Path) -> 
     outcome = run("verify", tmp_path / "cache", code=1)
 
     assert "views/v001/s00002.tar: 0 bytes instead of" in outcome.stdout
-    assert f"run `proteus-cache repair {tmp_path / 'cache'}`: it redoes this unit" in outcome.stdout
+    assert f"run `{repair_command(tmp_path / 'cache')}`: it redoes this unit" in outcome.stdout
 
 
 def test_eval_scores_student_average_and_untrained_student(folder: Path) -> None:

@@ -388,5 +388,5 @@ def test_a_finished_pack_that_lost_a_tar_is_not_taken_for_whole(finished: Cache,
     shutil.copytree(packed, tmp_path / "pack")
     (tmp_path / "pack" / "v000" / "s00001.tar").unlink()
 
-    with pytest.raises(DamageError, match=r"s00001\.tar: missing; `proteus-cache repair`"):
+    with pytest.raises(DamageError, match=r"s00001\.tar: missing; run `proteus-cache repair "):
         build_pack(finished.path, tmp_path / "pack")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -172,3 +173,31 @@ def test_an_index_that_names_another_tar_is_caught(pack_copy: Pack, tmp_path: Pa
 
     with pytest.raises(ChecksumError):
         read(pack_copy, "v000", [0])
+
+
+@pytest.mark.parametrize(
+    ("number", "remedy"),
+    [
+        (errno.ENOENT, "run `proteus-cache repair PACK`"),
+        (errno.EACCES, "make it readable for this user"),
+        (errno.EMFILE, "raise `ulimit -n`"),
+        (errno.ESTALE, "look at the disk"),
+    ],
+)
+def test_a_file_that_cannot_be_opened_or_read_says_what_to_do(
+    whole_pack: Pack, monkeypatch: pytest.MonkeyPatch, number: int, remedy: str
+) -> None:
+    def fail(*_: object, **__: object) -> int:
+        raise OSError(number, os.strerror(number))
+
+    reader = whole_pack.sample_reader()
+    reader.read_json("v000", 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "preadv", fail)
+        with pytest.raises(StorageError, match=rf"v000/s00000\.tar: image row 0: cannot read: .*{remedy}"):
+            reader.read_json("v000", 0)
+    monkeypatch.setattr(os, "open", fail)
+    with pytest.raises(StorageError, match=rf"v000/s00000\.tar: cannot open: .*{remedy}"):
+        samples.open_tar(whole_pack.path / "v000/s00000.tar")
+    with pytest.raises(StorageError, match=rf"v001\.idx: cannot open the index: .*{remedy}"):
+        whole_pack.sample_reader().read_json("v001", 0)

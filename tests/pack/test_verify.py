@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from proteus_cache.pack.index import seal_records
 from proteus_cache.pack.reader import Pack, open_pack
 from proteus_cache.pack.verify import verify_pack
 from proteus_cache.storage import sha256_of
+from tests.cli.running import run
 from tests.pack.synthetic import write_pack
 
 
@@ -69,6 +71,30 @@ def test_missing_cut_and_foreign_files_are_found_without_reading(pack_copy: Pack
         "v001.idx": "missing",
         "v000/notes.txt": "does not belong to the pack",
     }
+
+
+def test_a_finding_names_its_file_and_the_command_once(pack_copy: Pack) -> None:
+    path = pack_copy.path / "v000.idx"
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+
+    lines = run("verify", pack_copy.path, "--read-data", code=1).stdout.splitlines()
+
+    assert lines[:2] == [
+        "v000.idx: is not the index that pack.json names",
+        f"    run `proteus-cache repair {pack_copy.path}`, which packs anew what is damaged",
+    ]
+
+
+def test_a_damaged_pack_json_is_one_finding_with_what_to_do(pack_copy: Pack) -> None:
+    path = pack_copy.path / "pack.json"
+    path.write_bytes(path.read_bytes()[:-9])
+
+    said = json.loads(run("verify", pack_copy.path, "--json", code=1).stdout)
+
+    (finding,) = said["findings"]
+    assert finding["path"] == "pack.json"
+    assert finding["problem"].startswith("not a complete document")
+    assert finding["remedy"] == "nothing else can be judged without it: copy it from another copy"
 
 
 @pytest.mark.parametrize(

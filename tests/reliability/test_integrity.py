@@ -419,11 +419,13 @@ def test_every_damaged_file_of_a_run_is_found(world: World) -> None:
     paths = [path for path in files_below(root) if path.endswith((".json", ".safetensors"))]
     checkpoints = [path for path in paths if path.startswith("checkpoints/")]
     small = [path for path in checkpoints if path.endswith(".json")]
-    holes = [c for c in junk_and_holes(root, paths, SEED + 2) if not c.name.endswith("duplicated")]
+    whole = [c for c in junk_and_holes(root, paths, SEED + 2) if not c.name.endswith("duplicated")]
+    assert {path for c in whole if c.name.endswith("deleted") for path in c.changes} == set(paths)
     cases = [
         *cuts_at_blocks(root, small),
         *random_cuts(root, paths, 20, SEED + 2),
-        *(c for c in holes if not c.name.endswith("deleted") or c.name.startswith("checkpoints/")),
+        *whole,
+        *swaps(root, [path for path in paths if "/" not in path and path.endswith(".safetensors")]),
         *swaps(root, small),
         *swaps(root, of_kind(checkpoints, "model")),
         *swaps(root, [checkpoints[0], checkpoints[1]]),

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from proteus_cache import storage
 from proteus_cache.documents import seal
 from proteus_cache.extract.config import ExtractConfig
 from tests.makers import make_config
@@ -114,3 +118,22 @@ def reseal(root: Path, unit: str) -> None:
             record.update(size=len(data), sha256=hashlib.sha256(data).hexdigest())
 
     edit(root / "receipts" / f"{unit}.json", take)
+
+
+def refuse(monkeypatch: pytest.MonkeyPatch, operation: str, number: int, on: Callable[[Path], bool]) -> None:
+    """One operation of the disk fails for the paths that `on` names."""
+
+    class Refusing(storage.Disk):
+        def __getattribute__(self, name: str) -> Any:  # one of the operations, of several types
+            real = super().__getattribute__(name)
+            if name != operation:
+                return real
+
+            def refused(path: Path, *rest: Any) -> Any:
+                if on(path):
+                    raise OSError(number, os.strerror(number), str(path))
+                return real(path, *rest)
+
+            return refused
+
+    monkeypatch.setattr(storage, "disk", Refusing())

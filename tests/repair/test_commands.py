@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from proteus_cache import open_cache
+from proteus_cache.cache.verify import verify_cache
+from proteus_cache.stores import repair_command
 from tests.cli.running import run
-from tests.repair.stores import Stores, flip, tree
+from tests.makers import identity
+from tests.repair.stores import Stores, flip, refuse, tree
 from tests.repair.test_run_folder import make_run
 
 TAR = "views/v000/s00001.tar"
@@ -35,12 +41,13 @@ def test_the_way_from_damage_to_training(whole: Stores, stores: Stores, flags: l
     flip(stores.cache / TAR)
 
     found = run("verify", stores.cache, "--read-data", code=1)
-    promised = run(*next_step(found), *flags, "--dry-run", code=1)
-    mended = run(*next_step(found), *flags)
+    command = [str(stores.config.weights) if word == "FILE" else word for word in next_step(found)]
+    promised = run(*command, *flags[2:], "--dry-run", code=1)
+    mended = run(*command, *flags[2:])
     checked = run("verify", stores.cache, "--read-data")
 
     assert f"{TAR}: damaged (SHA-256 differs from the receipt)" in found.stdout
-    assert next_step(found) == ["repair", str(stores.cache)]
+    assert next_step(found) == ["repair", str(stores.cache), "--weights", "FILE"]
     assert "unit v000/s00001: damaged" in promised.stdout
     assert "    to do: extract it again from its images" in promised.stdout.splitlines()
     assert "    done: extract it again from its images" in mended.stdout.splitlines()
@@ -48,6 +55,75 @@ def test_the_way_from_damage_to_training(whole: Stores, stores: Stores, flags: l
     assert next_step(mended)[0] == "train"
     assert "whole; checked every digest and checksum" in checked.stdout
     assert tree(stores.cache) == tree(whole.cache)
+
+
+@pytest.fixture
+def no_images(stores: Stores, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """Where no images are found by themselves; what to put in place of the words in printed commands."""
+    monkeypatch.delenv("PROTEUS_IMAGES", raising=False)
+    monkeypatch.chdir(tmp_path)
+    return {"DIR": str(stores.config.images), "FILE": str(stores.config.weights)}
+
+
+def test_printed_commands_lead_from_damage_to_a_whole_cache(
+    whole: Stores, stores: Stores, no_images: dict[str, str]
+) -> None:
+    """Nothing is added to them, but what stands for the images and the weights."""
+    flip(stores.cache / TAR)
+    (stores.cache / "targets.zarr/v001/cls/zarr.json").unlink()
+
+    first = run("repair", stores.cache, code=1)
+    command = next_step(first)
+
+    assert "    done: derive it from the manifest: it is the one that receipts name" in first.stdout.splitlines()
+    assert "    not done: it is made from images: give --images DIR, the same as for extract" in first.stdout
+    assert command == ["repair", str(stores.cache), "--images", "DIR", "--weights", "FILE"]
+    assert run(*[no_images.get(word, word) for word in command]).stdout.splitlines()[-2].endswith("1 done; whole")
+    assert verify_cache(stores.cache, read_data=True) == []
+    assert identity(open_cache(stores.cache)) == identity(open_cache(whole.cache))
+
+
+def test_a_lack_of_weights_alone_keeps_what_was_given(stores: Stores, no_images: dict[str, str]) -> None:
+    flip(stores.cache / TAR)
+    given = ["repair", str(stores.cache), "--images", no_images["DIR"], "--workers", "0"]
+
+    outcome = run(*given, code=1)
+
+    assert "vit needs --weights" in outcome.stdout
+    assert next_step(outcome) == [*given, "--weights", "FILE"]
+
+
+def test_what_a_cache_needs_stands_in_the_command_that_mends_it(
+    stores: Stores, no_images: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = f"proteus-cache repair {stores.cache}"
+
+    assert repair_command(stores.cache) == f"{command} --images DIR --weights FILE"
+    assert repair_command(stores.pack) == f"proteus-cache repair {stores.pack}"
+    monkeypatch.setenv("PROTEUS_IMAGES", no_images["DIR"])
+    assert repair_command(stores.cache, "--unit", "v000/s00001") == f"{command} --unit v000/s00001 --weights FILE"
+    flip(stores.cache / "manifest.json")
+    assert repair_command(stores.cache) == command
+
+
+def test_a_failed_repair_is_followed_by_the_same_repair(
+    stores: Stores, flags: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flip(stores.cache / TAR)
+    with monkeypatch.context() as patch:
+        refuse(patch, "create", errno.ENOSPC, lambda path: path.parent.name == "tmp")
+        outcome = run("repair", stores.cache, *flags, code=1)
+
+    assert outcome.stdout.count("No space left on device") == 1
+    assert next_step(outcome) == ["repair", str(stores.cache), *flags]
+
+
+def test_a_whole_unit_of_a_pack_that_cannot_be_made_again_ends_with_1(whole: Stores, stores: Stores) -> None:
+    shutil.rmtree(stores.cache)
+
+    outcome = run("repair", stores.pack, "--unit", "v000/s00001", code=1)
+
+    assert outcome.stdout.splitlines()[-2] == f"pack {stores.pack}: 1 not done; whole"
 
 
 def test_a_pack_finds_its_cache_by_itself(whole: Stores, stores: Stores) -> None:

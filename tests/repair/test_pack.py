@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +18,19 @@ from proteus_cache.pack.verify import verify_pack
 from proteus_cache.repair.pack import repair_pack
 from proteus_cache.repair.report import RepairReport
 from tests.makers import run_extract
-from tests.repair.stores import Stores, append, copy_bytes, cut, empty, flip, make_settings, swap, tree, zero_page
+from tests.repair.stores import (
+    Stores,
+    append,
+    copy_bytes,
+    cut,
+    empty,
+    flip,
+    make_settings,
+    refuse,
+    swap,
+    tree,
+    zero_page,
+)
 
 TAR, OTHER_TAR, INDEX, PROBE_INDEX = "v000/s00001.tar", "v001/s00001.tar", "v000.idx", "probe.idx"
 
@@ -221,3 +235,53 @@ def test_the_report_is_one_object_for_machines(stores: Stores) -> None:
     (action,) = report["actions"]
     assert (action["unit"], action["paths"], action["state"]) == ("v000/s00001", [TAR], "done")
     assert action["problem"].startswith("damaged (SHA-256 differs from pack.json)")
+
+
+def test_a_whole_unit_that_cannot_be_made_again_stays_whole(whole: Stores, stores: Stores) -> None:
+    shutil.rmtree(stores.cache)
+
+    report = repaired(stores, units=["v000/s00001"])
+
+    assert [action.state for action in report.actions] == ["not done"]
+    assert "the tar that is there is whole, and stays" in report.actions[0].remedy
+    assert "copy this file" not in report.actions[0].remedy
+    assert report.is_whole
+    assert not report.is_done
+    assert report.lines()[-1] == f"pack {stores.pack}: 1 not done; whole"
+    assert tree(stores.pack) == tree(whole.pack)
+
+
+def test_a_cache_that_was_moved_into_the_pack_is_not_offered_to_be_packed_anew(stores: Stores) -> None:
+    flip(stores.pack / TAR)
+    assert "or pack the cache to a new folder" in _remedy_with_a_damaged_cache(stores)
+
+    for part in ("receipts", "views", "targets.zarr"):
+        shutil.rmtree(stores.cache / part)
+    (action,) = repaired(stores).actions
+
+    assert "the cache no longer holds this unit" in action.remedy
+    assert action.remedy.endswith("copy this file from another copy of the pack")
+
+
+def _remedy_with_a_damaged_cache(stores: Stores) -> str:
+    codes = stores.cache / "targets.zarr/v000/patch/c/1/0"
+    data = codes.read_bytes()
+    flip(codes)
+    (action,) = repaired(stores).actions
+    codes.write_bytes(data)
+    return action.remedy
+
+
+def test_a_full_disk_is_said_once(stores: Stores, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (TAR, OTHER_TAR, INDEX):
+        flip(stores.pack / name)
+    before = tree(stores.pack)
+    with monkeypatch.context() as patch:
+        refuse(patch, "create", errno.ENOSPC, lambda path: path.parent.name == "tmp")
+        report = repaired(stores)
+
+    assert [action.state for action in report.actions] == ["not done"] * 3
+    assert [os.strerror(errno.ENOSPC) in line for line in report.lines()].count(True) == 1
+    assert report.lines()[-2].startswith("stopped: ")
+    assert tree(stores.pack) == before
+    assert repaired(stores).is_whole

@@ -110,7 +110,7 @@ def test_swapped_codes_are_found_though_all_checksums_agree(stores: Stores, tmp_
     assert f"target {target} of {keys[0]}" in named
     assert f"target {target} of {keys[1]}" in named
     assert report.targets[target]["n_failed"] == 2
-    assert f"repair {stores.cache} --unit v001/s00001`" in report.findings[0].remedy
+    assert f"repair {stores.cache} --unit v001/s00001 --images DIR --weights FILE`" in report.findings[0].remedy
     assert [finding.unit for finding in packed.findings] == ["v001/s00001"] * 2
     assert "verify it with --recompute, repair its units" in packed.findings[0].remedy
 

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import errno
 import itertools
 import logging
+import os
 import shutil
 from pathlib import Path
 
@@ -95,6 +97,31 @@ def test_damaged_checkpoints_that_the_run_has_passed_go_and_push_out_none(tmp_pa
 
     assert checkpoint_steps(tmp_path) == [4, 7, 8]
     assert _step_found(tmp_path) == 7
+
+
+def test_checkpoints_that_could_not_be_read_are_not_removed_as_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in (4, 6, 8):
+        _write(tmp_path, step, keep=3)
+    (tmp_path / "step-00000008" / "ema.safetensors").write_bytes(b"damaged")
+    sha256_of = storage.sha256_of
+
+    def stale(path: Path, *, from_disk: bool = False) -> tuple[int, str]:
+        if path.parent.name == "step-00000006":
+            with storage.reported("read", path):
+                raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return sha256_of(path, from_disk=from_disk)
+
+    monkeypatch.setattr(storage, "sha256_of", stale)
+    assert _step_found(tmp_path) == 4
+
+    _write(tmp_path, 10, after=4)
+
+    monkeypatch.undo()
+    assert checkpoint_steps(tmp_path) == [4, 6, 10]
+    _write(tmp_path, 12, after=10)
+    assert checkpoint_steps(tmp_path) == [10, 12]
 
 
 def test_writing_a_step_again_replaces_it(tmp_path: Path) -> None:

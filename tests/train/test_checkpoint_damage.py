@@ -6,17 +6,21 @@ import errno
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
+from torch import Tensor
 
+from proteus_cache import storage
 from proteus_cache.errors import DamageError, SpaceError, StorageError
 from proteus_cache.train.board import Board
 from proteus_cache.train.checkpoint import TENSOR_FILES, checkpoint_steps, verify_checkpoint, write_checkpoint
 from proteus_cache.train.config import TrainConfig
 from proteus_cache.train.loop import train
 from proteus_cache.train.steps import take_step
+from proteus_cache.train.tensors import replace_tensors
+from proteus_cache.train.verify import verify_run
 from tests.cli.running import run as run_command
 from tests.pack.synthetic import write_pack
 from tests.reliability.disks import Failing, using
@@ -344,3 +348,26 @@ def _whole(checkpoints: Path) -> list[int]:
                 continue
             kept.append(step)
     return kept
+
+
+def test_final_weights_that_were_cut_off_are_not_taken_for_a_finished_run(
+    stopped: Path, pack: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(stopped, out)
+    assert verify_run(out, True) == []
+
+    def full(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> storage.Written:
+        if path.name == "ema.safetensors":
+            raise SpaceError(f"{path}: cannot write: No space left on device")
+        return replace_tensors(path, tensors, metadata)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("proteus_cache.train.record.replace_tensors", full)
+        with pytest.raises(SpaceError):
+            train(_config(pack, out), resume=True)
+
+    (finding,) = verify_run(out, True)
+    assert finding.path == "finished.json"
+    train(_config(pack, out), resume=True)
+    assert verify_run(out, True) == []

@@ -94,7 +94,7 @@ def test_a_run_leaves_what_is_promised(pack: Path, tmp_path: Path) -> None:
 
     assert (result.first_step, result.steps, result.n_steps, result.is_finished) == (0, 6, 6, True)
     assert sorted(path.name for path in out.iterdir()) == sorted(
-        [*RESULTS, "config.yaml", "timings.jsonl", "tensorboard", "checkpoints"]
+        [*RESULTS, "config.yaml", "timings.jsonl", "tensorboard", "checkpoints", "finished.json"]
     )
     assert sorted(path.name for path in (out / "checkpoints").iterdir()) == ["step-00000004", "step-00000006"]
     lines = _metrics(out)

@@ -365,6 +365,9 @@ def test_damaged_start_weights_are_found(folder: Path, tmp_path: Path, weights: 
     (finding,) = verify_run(tmp_path / "run", read_data=True)
     assert finding.path == "start.safetensors"
     assert "only eval reads it" in finding.remedy
+    start.unlink()
+    (finding,) = verify_run(tmp_path / "run", read_data=False)
+    assert (finding.path, finding.problem) == ("start.safetensors", "missing")
 
 
 def test_eval_compares_a_run_with_the_weights_it_began_with(folder: Path, tmp_path: Path, weights: Path) -> None:

@@ -1,13 +1,15 @@
 from __future__ import annotations
 
+import errno
 import hashlib
+import os
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from proteus_cache.errors import ChecksumError, FormatError
+from proteus_cache.errors import ChecksumError, FormatError, StorageError
 from proteus_cache.train.tensors import check_tensors, read_tensors, replace_tensors, tensor_chunks
 
 TENSORS = {
@@ -77,5 +79,20 @@ def test_a_file_proves_itself(tmp_path: Path) -> None:
     with pytest.raises(ChecksumError, match=r"x\.safetensors: not the file that was written"):
         check_tensors(path)
     path.write_bytes(b"".join(bytes(chunk) for chunk in tensor_chunks(TENSORS, {"one": "1"})))
-    with pytest.raises(FormatError, match=r"x\.safetensors: .*holds no file_sha256 of itself"):
+    with pytest.raises(FormatError, match=r"x\.safetensors: .*does not hold its own digest"):
         check_tensors(path)
+
+
+def test_a_file_that_cannot_be_read_is_not_called_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "x.safetensors"
+    with pytest.raises(FormatError, match=r"x\.safetensors: missing"):
+        read_tensors(path)
+    replace_tensors(path, TENSORS, {})
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr("proteus_cache.train.tensors.safe_open", fail)
+
+    with pytest.raises(StorageError, match=r"x\.safetensors: cannot read: Input/output error; look at the disk"):
+        read_tensors(path)

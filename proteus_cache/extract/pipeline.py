@@ -265,6 +265,18 @@ class _Pipeline:
         if self.unchecked:
             self._check_canary()
 
+    def _look_again(self, unit: Unit) -> None:
+        """Look at one view of a committed unit; one that fails is in doubt, also when the canaries held after it.
+
+        Raises:
+            CanaryError: the cache holds something else than the teacher says.
+        """
+        try:
+            self.canary.look_at(unit)
+        except CanaryError:
+            self.unchecked.add((unit.view, unit.shard))
+            raise
+
     def _check_canary(self) -> None:
         """Run the canaries; what went through the teacher before is proved by them.
 
@@ -418,7 +430,7 @@ class _Pipeline:
                 self._redo(unit)
                 self._submit(unit, buffers, writer)
             else:
-                self.canary.look_at(committed)
+                self._look_again(committed)
                 self.committed += 1
                 self.free_buffers.append(buffers)
                 self.quarantine.look()

@@ -15,7 +15,7 @@ from proteus_cache.cache.layout import shard_stem, zarr_shard
 from proteus_cache.cache.reader import Cache
 from proteus_cache.cache.writer import StoredView, Unit
 from proteus_cache.codecs.codec import Codec
-from proteus_cache.errors import CanaryError
+from proteus_cache.errors import CanaryError, DamageError, StorageError
 from proteus_cache.fidelity.sides import Entry
 from proteus_cache.recompute.compare import TargetComparison
 from proteus_cache.teachers.teacher import Teacher
@@ -32,8 +32,7 @@ def check_one_view(cache: Cache, unit: Unit, teacher: Teacher, codecs: dict[str,
         codecs: of all targets, on the same device.
 
     Raises:
-        CanaryError: they differ by more than `recompute.compare` lets pass.
-        DamageError, StorageError: the cache does not give back what was written.
+        CanaryError: they differ by more than `recompute.compare` lets pass, or the cache does not give them back.
     """
     if not unit.views:
         return
@@ -44,7 +43,10 @@ def check_one_view(cache: Cache, unit: Unit, teacher: Teacher, codecs: dict[str,
         tokens = teacher.targets(pixels.to(teacher.device), list(codecs))
     for target in cache.manifest.targets:
         path = cache.layout.resolve(zarr_shard(unit.view, target.name, unit.shard, 1 + len(target.codec.array_shape)))
-        stored = zarr_arrays.read_row(target, view.row - unit.first_row, cache.manifest.shard_size, path)
+        try:
+            stored = zarr_arrays.read_row(target, view.row - unit.first_row, cache.manifest.shard_size, path)
+        except (DamageError, StorageError) as error:
+            raise CanaryError(f"{error}; this unit was written a moment ago: look at the disk") from error
         comparison = TargetComparison(target.name, codecs[target.name], is_packed=False)
         codes = torch.from_numpy(stored).unsqueeze(0).to(teacher.device)
         comparison.add(tokens[target.name], codes, [entry], [unit.precision])

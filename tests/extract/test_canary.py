@@ -510,3 +510,42 @@ def test_a_run_that_ends_by_another_error_checks_its_units_first(
 
     assert named(caught.value) == committed(config)
     assert len(committed(config)) == 3
+
+
+@pytest.mark.parametrize("every", [1, 50])
+def test_a_unit_that_fails_the_second_look_is_named_also_after_a_good_canary(
+    finished: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: int
+) -> None:
+    monkeypatch.setattr(pipeline, "CANARY_EVERY", every)
+    config = config_beside(finished, tmp_path)
+    planned = plan_cache(config)
+    change_outputs(monkeypatch, lambda tokens, views, n: -tokens if len(views) == 1 and n >= 3 else tokens)
+
+    with pytest.raises(CanaryError, match="is not what the teacher says of this view") as caught:
+        extract(config, planned, Worker(0, 1), lambda _: None)
+
+    failed = re.search(r"unit (v\d+/s\d+): target", str(caught.value))
+    assert failed is not None
+    assert failed[1] in named(caught.value) <= committed(config)
+
+
+def test_a_unit_that_cannot_be_read_back_is_named(
+    finished: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_beside(finished, tmp_path)
+    planned = plan_cache(config)
+    real = pipeline.commit_unit  # type: ignore[attr-defined]  # where the pipeline finds it
+
+    def flipped(*args: Any, **more: Any) -> Any:  # as the real one
+        receipt = real(*args, **more)
+        path = config.out / next(path for path in receipt.files if "/cls/" in path)
+        data = path.read_bytes()
+        path.write_bytes(bytes([data[0] ^ 1]) + data[1:-8] + bytes(8))
+        return receipt
+
+    monkeypatch.setattr(pipeline, "commit_unit", flipped)
+
+    with pytest.raises(CanaryError, match=r"cls/c/0/0: its index is damaged .*look at the disk") as caught:
+        extract(config, planned, Worker(0, 1), lambda _: None)
+
+    assert "v000/s00000" in named(caught.value)

@@ -15,9 +15,8 @@ from proteus_cache.cache.layout import shard_stem, zarr_shard
 from proteus_cache.cache.reader import Cache
 from proteus_cache.cache.writer import StoredView, Unit
 from proteus_cache.codecs.codec import Codec
+from proteus_cache.codecs.recomputed import TargetComparison
 from proteus_cache.errors import CanaryError, DamageError, StorageError
-from proteus_cache.fidelity.sides import Entry
-from proteus_cache.recompute.compare import TargetComparison
 from proteus_cache.teachers.teacher import Teacher
 from proteus_cache.views.encode import decode_view
 
@@ -32,12 +31,11 @@ def check_one_view(cache: Cache, unit: Unit, teacher: Teacher, codecs: dict[str,
         codecs: of all targets, on the same device.
 
     Raises:
-        CanaryError: they differ by more than `recompute.compare` lets pass, or the cache does not give them back.
+        CanaryError: they differ by more than `codecs.recomputed` lets pass, or the cache does not give them back.
     """
     if not unit.views:
         return
     view = _chosen(unit)
-    entry = Entry(key=view.key, digest=view.digest, label=None, view=unit.view, shard=unit.shard, number=view.row)
     pixels = torch.from_numpy(decode_view(view.data, cache.manifest.views.size_px)).unsqueeze(0)
     with torch.inference_mode():
         tokens = teacher.targets(pixels.to(teacher.device), list(codecs))
@@ -49,7 +47,7 @@ def check_one_view(cache: Cache, unit: Unit, teacher: Teacher, codecs: dict[str,
             raise CanaryError(f"{error}; this unit was written a moment ago: look at the disk") from error
         comparison = TargetComparison(target.name, codecs[target.name], is_packed=False)
         codes = torch.from_numpy(stored).unsqueeze(0).to(teacher.device)
-        comparison.add(tokens[target.name], codes, [entry], [unit.precision])
+        comparison.add(tokens[target.name], codes, [unit.precision])
         for found, allowed in comparison.failures():
             raise CanaryError(
                 f"{cache.path}: unit {unit.view}/{shard_stem(unit.shard)}: target {target.name} of {view.key} is not "

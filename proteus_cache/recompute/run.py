@@ -14,6 +14,7 @@ import torch
 from proteus_cache import stores
 from proteus_cache.cache.layout import shard_stem, views_tar
 from proteus_cache.cache.verify import Finding
+from proteus_cache.codecs.recomputed import PRECISION, TargetComparison
 from proteus_cache.devices import or_explain, use_device
 from proteus_cache.errors import DamageError, StorageError
 from proteus_cache.extract.memory import smaller_batch
@@ -21,7 +22,6 @@ from proteus_cache.extract.run import default_batch
 from proteus_cache.fidelity.sides import Entry, Side
 from proteus_cache.pack.samples import tar_name
 from proteus_cache.recompute.choice import Drawn
-from proteus_cache.recompute.compare import PRECISION, TargetComparison
 from proteus_cache.recompute.teacher import load_recorded_teacher
 from proteus_cache.teachers.teacher import Precision, Teacher
 
@@ -114,19 +114,21 @@ def recompute(
             comparisons[name] = TargetComparison(name, side.codec(name).to(chosen_device), side.facts.kind == "pack")
         except (DamageError, StorageError) as error:
             findings.append(Finding(f"codec ({name})", None, str(error), f"run `{stores.repair_command(path)}`"))
+    compared: list[Entry] = []
     at_once = batch_size or default_batch(chosen_device)
     for start in range(0, len(drawn.entries), at_once):
         part = drawn.entries[start : start + at_once]
         then = [drawn.precisions.get((entry.view, entry.shard), made.precision) for entry in part]
         coarser = [max(now, before, key=PRECISION.__getitem__) for before in then]
-        findings += _one_batch(side, teacher, comparisons, part, coarser)
+        readable, unreadable = _one_batch(side, teacher, comparisons, part, coarser)
+        compared += readable
+        findings += unreadable
         if progress is not None:
             progress(min(start + at_once, len(drawn.entries)), len(drawn.entries), 0)
     for comparison in comparisons.values():
-        findings += _judge(side, comparison)
-    compared = {measured.entry for comparison in comparisons.values() for measured in comparison.views}
+        findings += _judge(side, comparison, compared)
     return RecomputeReport(
-        n_views=len(compared),
+        n_views=len(compared) if comparisons else 0,
         seed=seed,
         device=str(chosen_device),
         precision=now,
@@ -141,8 +143,8 @@ def _one_batch(
     comparisons: dict[str, TargetComparison],
     entries: Sequence[Entry],
     precisions: Sequence[str],
-) -> list[Finding]:
-    """Compare a batch; findings are the views that cannot be read."""
+) -> tuple[list[Entry], list[Finding]]:
+    """Compare a batch: the views that were compared, and of each that cannot be read, why."""
     readable, pixels, codes = [], [], []
     findings = []
     for entry, precision in zip(entries, precisions, strict=True):
@@ -156,12 +158,12 @@ def _one_batch(
         pixels.append(torch.from_numpy(np.array(view)))
         codes.append(stored)
     if not readable:
-        return findings
+        return [], findings
     tokens = _targets(teacher, torch.stack(pixels), list(comparisons))
     for name, comparison in comparisons.items():
         stacked = torch.from_numpy(np.stack([stored[name] for stored in codes])).to(teacher.device)
-        comparison.add(tokens[name], stacked, [entry for entry, _ in readable], [each for _, each in readable])
-    return findings
+        comparison.add(tokens[name], stacked, [precision for _, precision in readable])
+    return [entry for entry, _ in readable], findings
 
 
 def _targets(teacher: Teacher, pixels: torch.Tensor, names: list[str]) -> dict[str, torch.Tensor]:
@@ -181,16 +183,16 @@ def _targets(teacher: Teacher, pixels: torch.Tensor, names: list[str]) -> dict[s
     return found
 
 
-def _judge(side: Side, comparison: TargetComparison) -> list[Finding]:
-    return [
-        _finding(
-            side,
-            measured.entry,
-            f"target {comparison.name} of {measured.entry.key} is not what the teacher says of this view: relative "
-            f"error {measured.error:.4f}, {limit:.4f} allowed, cosine {measured.cosine:.4f}",
+def _judge(side: Side, comparison: TargetComparison, compared: Sequence[Entry]) -> list[Finding]:
+    findings = []
+    for measured, limit in comparison.failures():
+        entry = compared[measured.place]
+        problem = (
+            f"target {comparison.name} of {entry.key} is not what the teacher says of this view: relative "
+            f"error {measured.error:.4f}, {limit:.4f} allowed, cosine {measured.cosine:.4f}"
         )
-        for measured, limit in comparison.failures()
-    ]
+        findings.append(_finding(side, entry, problem))
+    return findings
 
 
 def _numbers(comparison: TargetComparison) -> dict[str, Any]:

@@ -16,10 +16,10 @@ from proteus_cache import open_cache
 from proteus_cache.cache import zarr_arrays
 from proteus_cache.cache.reader import Cache
 from proteus_cache.cache.verify import verify_cache
+from proteus_cache.codecs.recomputed import PRECISION
 from proteus_cache.errors import ConfigError, UsageError, WeightsError
 from proteus_cache.pack.build import build_pack
 from proteus_cache.pack.verify import verify_pack
-from proteus_cache.recompute.compare import PRECISION
 from proteus_cache.recompute.run import RecomputeReport, recompute
 from proteus_cache.storage import write_new
 from proteus_cache.teachers.teacher import Teacher

@@ -30,8 +30,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from proteus_cache.codecs import Codec
-from proteus_cache.fidelity.sides import Entry
+from proteus_cache.codecs.codec import Codec
 
 PRECISION: Final = {"fp32": 0.002, "fp16": 0.01, "bf16": 0.08}
 """Relative error that a precision may add."""
@@ -46,7 +45,8 @@ _TINY: Final = 1e-30
 class Measured:
     """One target of one view; all numbers relative to the norm of the stored target, but the cosine."""
 
-    entry: Entry
+    place: int
+    """Among the views that were added."""
     error: float
     cosine: float
     """Of the angle between recomputed and stored target, all values in one vector."""
@@ -78,25 +78,25 @@ class TargetComparison:
         self.views: list[Measured] = []
         self._kept: list[Tensor] = []
 
-    def add(self, tokens: Tensor, codes: Tensor, entries: list[Entry], precisions: list[str]) -> None:
+    def add(self, tokens: Tensor, codes: Tensor, precisions: list[str]) -> None:
         """Compare a batch.
 
         Args:
             tokens: (B, *shape) float32, what the teacher says now.
             codes: (B, code_bytes) uint8, what is stored, on the same device.
-            entries: the views.
-            precisions: of each, the coarser of then and now.
+            precisions: of each view, the coarser of then and now.
         """
         with torch.inference_mode():
             stored = self.codec.decode(codes).float()
             again = self.codec.decode(self.codec.encode(tokens)).float()
             left = _held_by(self.codec, tokens.float())
-            flat = [values.reshape(len(entries), -1) for values in (stored, again, left)]
+            flat = [values.reshape(len(precisions), -1) for values in (stored, again, left)]
             norm = flat[0].norm(dim=1).clamp_min(_TINY)
             errors = ((flat[1] - flat[0]).norm(dim=1) / norm).tolist()
             cosines = torch.nn.functional.cosine_similarity(flat[0], flat[1], dim=1).tolist()
             codec_errors = ((flat[1] - flat[2]).norm(dim=1) / norm).tolist()
-        columns = zip(entries, errors, cosines, codec_errors, precisions, strict=True)
+        places = range(len(self.views), len(self.views) + len(precisions))
+        columns = zip(places, errors, cosines, codec_errors, precisions, strict=True)
         self.views += [Measured(*column) for column in columns]
         self._kept += [row.cpu() for row in flat[0][: max(0, _MOST_KEPT - len(self._kept))]]
 

@@ -15,16 +15,33 @@ from proteus_cache.errors import FormatError
 
 MAX_BYTES = 64 << 10
 _MOST_DEEP = 16
-_REFUSED = {
-    yaml.AliasToken: "YAML aliases are not accepted",
-    yaml.AnchorToken: "YAML aliases are not accepted",
-    yaml.TagToken: "not valid YAML for a config: it has tags",
-    yaml.DirectiveToken: "not valid YAML for a config: it has directives",
-}
+
+
+class _RefusedError(Exception):
+    """Something that YAML has and a config must not."""
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which a key stands once."""
+    """YAML of plain values, in which a key stands once.
+
+    Marks and depth are looked at while the text is read, before anything is built of it: brackets alone cost the
+    scanner a time that grows with the square of their number, so the first that is too many ends it.
+    """
+
+    levels = 0
+
+    def get_event(self) -> Any:  # the stubs leave events untyped
+        event = super().get_event()  # type: ignore[no-untyped-call]
+        if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None) is not None:
+            raise _RefusedError("YAML aliases are not accepted")
+        if isinstance(event, yaml.DocumentStartEvent) and (event.version or event.tags):
+            raise _RefusedError("not valid YAML for a config: it has directives")
+        if isinstance(event, yaml.CollectionStartEvent | yaml.ScalarEvent) and event.tag is not None:
+            raise _RefusedError("not valid YAML for a config: it has tags")
+        self.levels += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if self.levels >= _MOST_DEEP:
+            raise ValueError("nested too deeply")
+        return event
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen = set()
@@ -51,27 +68,23 @@ def read_yaml(data: bytes, what: str) -> Any:
     if len(data) > MAX_BYTES:
         raise FormatError(f"{what}: larger than a config may be ({len(data):,} bytes, at most {MAX_BYTES:,})")
     try:
-        if any(mark in data for mark in (b"&", b"*", b"!", b"%")):
-            for token in yaml.scan(data):
-                if type(token) in _REFUSED:
-                    raise FormatError(f"{what}: {_REFUSED[type(token)]}; write the values out")
         value = yaml.load(data, _Loader)  # a SafeLoader: plain values, no Python objects
-        _check(value, _MOST_DEEP)
+        _check(value)
+    except _RefusedError as error:
+        raise FormatError(f"{what}: {error}; write the values out") from error
     except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())[:300]
         raise FormatError(f"{what}: not valid YAML ({reason})") from error
     return value
 
 
-def _check(value: object, levels: int) -> None:
-    if levels == 0:
-        raise ValueError("nested too deeply")
+def _check(value: object) -> None:
     if isinstance(value, dict):
         for key, inner in value.items():
-            _check(key, levels - 1)
-            _check(inner, levels - 1)
+            _check(key)
+            _check(inner)
     elif isinstance(value, list):
         for inner in value:
-            _check(inner, levels - 1)
+            _check(inner)
     elif isinstance(value, int) and not -(1 << 63) <= value < 1 << 64:
         raise ValueError("a whole number beyond 64 bits")

@@ -29,7 +29,7 @@ test *args:
 
 # The long variants of the reliability tests: hours of crashes, faults and damage
 nightly *args:
-    {{ python }} -m pytest -n auto --maxprocesses 8 --dist worksteal -m nightly {{ args }}
+    {{ python }} -m pytest -n auto --maxprocesses 8 --dist worksteal -m nightly --timeout 28800 {{ args }}
 
 # Build the documentation into docs/_build/html; a warning is an error
 docs:

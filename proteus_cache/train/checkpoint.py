@@ -33,7 +33,7 @@ from proteus_cache.train.tensors import read_tensors, tensor_chunks
 
 log = logging.getLogger(__name__)
 
-_NAME = re.compile(r"step-(\d{8})\Z")
+_NAME = re.compile(r"step-([0-9]{8})\Z")
 _TEMPORARY = "tmp-"
 _STATE = "state.json"
 _MAX_STATE_BYTES = 1 << 20
@@ -300,9 +300,17 @@ def remove_checkpoint(path: Path) -> None:
         storage.discard(gone)
 
 
-def clear_unfinished(folder: Path) -> None:
-    """Remove what killed writers left."""
+def clear_unfinished(folder: Path, step: int, *, keep: int) -> None:
+    """Remove what killed writers left: unfinished checkpoints, and old ones that they did not come to remove.
+
+    Args:
+        folder: `RUN/checkpoints`.
+        step: of the checkpoint that was loaded just now, 0 for none; later ones are left.
+        keep: checkpoints to keep, that one included.
+    """
     for name in storage.list_folder(folder):
         if name.startswith(_TEMPORARY):
             storage.discard(folder / name)
             log.info("removed unfinished checkpoint=%s", os.fspath(folder / name))
+    for old in [found for found in checkpoint_steps(folder) if found <= step][:-keep]:
+        remove_checkpoint(folder / f"step-{old:08d}")

@@ -211,7 +211,7 @@ def _train(run: Run, first_step: int, progress: ReportProgress | None) -> TrainR
         record = None
         if is_main:
             storage.make_folder(config.out)
-            clear_unfinished(config.out / CHECKPOINTS)
+            clear_unfinished(config.out / CHECKPOINTS, first_step, keep=config.keep_checkpoints)
             clear_leftovers(config.out, is_new=first_step == 0)
             record = stack.enter_context(RunRecord(config, run.data, run.precision, first_step))
             if first_step == 0 and config.init is not None:

@@ -181,7 +181,7 @@ def train_prepared(
     first = found.state.step if found else 0
     report(f"found {first}")
     storage.make_folder(run_folder)
-    clear_unfinished(checkpoints)
+    clear_unfinished(checkpoints, first, keep=keep)
     last = first
     for step in steps:
         if step > first:

@@ -185,10 +185,21 @@ def test_what_a_killed_writer_left_is_never_found_and_is_cleared(tmp_path: Path)
     path.rename(tmp_path / "tmp-step-00000004.123.abc")
 
     found = _step_found(tmp_path)
-    clear_unfinished(tmp_path)
+    clear_unfinished(tmp_path, 2, keep=2)
 
     assert found == 2
     assert [file.name for file in tmp_path.iterdir()] == ["step-00000002"]
+
+
+def test_old_ones_that_killed_writers_did_not_come_to_remove_go_at_the_next_start(tmp_path: Path) -> None:
+    for step in (1, 2, 3, 4, 5):
+        _write(tmp_path, step, keep=9)
+
+    clear_unfinished(tmp_path, 4, keep=2)
+
+    assert checkpoint_steps(tmp_path) == [3, 4, 5]  # 4 was loaded just now; of 5 nothing is known
+    clear_unfinished(tmp_path, 0, keep=2)
+    assert checkpoint_steps(tmp_path) == [3, 4, 5]
 
 
 def test_a_failed_write_leaves_the_older_checkpoint_alone(tmp_path: Path) -> None:
@@ -219,7 +230,7 @@ def test_a_writer_killed_at_any_operation_leaves_a_whole_checkpoint(tmp_path: Pa
         was_killed = killed_at(number, lambda folder=folder: _write(folder, 4, keep=1))  # type: ignore[misc]  # bound now
 
         found.append(_step_found(folder) or 0)
-        clear_unfinished(folder)
+        clear_unfinished(folder, found[-1], keep=1)
         _write(folder, 4, keep=1)
         assert [path.name for path in folder.iterdir()] == ["step-00000004"]
         assert _step_found(folder) == 4

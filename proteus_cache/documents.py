@@ -23,10 +23,11 @@ from proteus_cache.errors import ChecksumError, FormatError
 MAX_DOCUMENT_BYTES = 32 << 20
 MAX_VALUES = 1 << 20
 """Values, counted by their commas and brackets. A pack.json of 100,000 tars has half as many, in 25 MB."""
-_MAX_CONTAINERS = 1 << 18
+_MAX_CONTAINERS = 1 << 17
 _MAX_KEYS = 1 << 14
 """Of one object; a pack has at most 10,000 view indices."""
 _MAX_KEYS_IN_ALL = 1 << 19
+_MAX_QUOTES = 2 * (MAX_VALUES + _MAX_KEYS_IN_ALL)
 _MAX_DEPTH = 16
 _MAX_INT = 1 << 63
 # Possessive, and an open string runs to the end: no input makes it go back.
@@ -120,9 +121,10 @@ def strict_json(data: bytes | bytearray, what: str) -> dict[str, Any]:
         FormatError: duplicate keys, NaN, whole numbers beyond 64 bits, nesting over 16 levels, too many values, or a
             value that is not an object.
     """
-    n_containers = data.count(b"[") + data.count(b"{")
+    n_containers, n_ends = data.count(b"[") + data.count(b"{"), data.count(b"]") + data.count(b"}")
     n_values = n_containers + data.count(b",")
-    if n_containers > _MAX_CONTAINERS or n_values > MAX_VALUES or data.count(b'":') > _MAX_KEYS_IN_ALL:
+    is_too_much = max(n_containers, n_ends) > _MAX_CONTAINERS or data.count(b'":') > _MAX_KEYS_IN_ALL
+    if is_too_much or n_values > MAX_VALUES or data.count(b'"') > _MAX_QUOTES:
         raise FormatError(f"{what}: holds more values than a document may")
     if _depth(data) > _MAX_DEPTH:
         raise FormatError(f"{what}: nested more than {_MAX_DEPTH} levels deep")
@@ -165,7 +167,7 @@ def _of_64_bits(text: str) -> int:
 def _finite(text: str) -> float:
     number = float(text)
     if not math.isfinite(number):
-        raise ValueError(f"{text} is too large")
+        raise ValueError(f"{text[:24]} is too large")
     return number
 
 
@@ -180,6 +182,8 @@ Text: TypeAlias = Annotated[str, Field(max_length=4096)]
 """A name or a sentence."""
 Sha256: TypeAlias = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Crc32c: TypeAlias = Annotated[int, Field(ge=0, lt=1 << 32)]
+Notes: TypeAlias = Annotated[dict[Text, Text], Field(max_length=1000)]
+"""Names and what there is to say of each, for example versions of libraries."""
 
 
 class Document(BaseModel):

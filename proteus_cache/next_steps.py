@@ -62,8 +62,8 @@ def after_training(summary: Mapping[str, Any]) -> str | None:
 
 
 def resume_training(run: Path) -> str:
-    """Goes on with a run that was stopped, with all of its settings."""
-    return command_line("train", "--config", run / "config.yaml", "--resume")
+    """Goes on with a run that was stopped, with all of its settings; a copied or moved run with itself."""
+    return command_line("train", "--config", run / "config.yaml", "--resume", "--out", run)
 
 
 def _trained_images(summary: Mapping[str, Any]) -> int:

@@ -42,6 +42,8 @@ _REMEDIES = {
     errno.ETIMEDOUT: "the file server does not answer: look at it, then run the same command again",
     errno.EINTR: "run the same command again",
 }
+_LOOKING = {"read", "list", "look at", "ask for free space"}
+"""What changes nothing, and needs no permission to write."""
 _READ_BYTES = 1 << 20
 
 
@@ -139,8 +141,9 @@ def reported(doing: str, path: Path) -> Iterator[None]:
                 f"{path}: cannot {doing}: {reason}; free space or inodes there and run the same command again, "
                 "what is finished is kept"
             ) from error
-        remedy = f"; {_REMEDIES[error.errno]}" if error.errno in _REMEDIES else ""
-        raise StorageError(f"{path}: cannot {doing}: {reason}{remedy}") from error
+        is_closed = doing in _LOOKING and error.errno in (errno.EACCES, errno.EPERM)
+        remedy = "make it readable for this user" if is_closed else _REMEDIES.get(error.errno or 0)
+        raise StorageError(f"{path}: cannot {doing}: {reason}{f'; {remedy}' if remedy else ''}") from error
 
 
 def temp_name(final_name: str) -> str:

@@ -1,11 +1,12 @@
 """YAML as this program reads it: config files, pipelines, and the `config.yaml` of a run that somebody may have sent.
 
 Plain values only. Anchors and tags are refused, so that a few lines cannot stand for millions or ask for a Python
-object; a key stands once; numbers have at most 64 bits.
+object; a key stands once; numbers are finite and have at most 64 bits.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable
 from typing import Any
 
@@ -15,6 +16,8 @@ from proteus_cache.errors import FormatError
 
 MAX_BYTES = 64 << 10
 _MOST_DEEP = 16
+_MOST_PARTS = 20_000
+"""Values, and beginnings and ends of lists and maps. A config has a few hundred."""
 
 
 class _RefusedError(Exception):
@@ -29,6 +32,7 @@ class _Loader(yaml.SafeLoader):
     """
 
     levels = 0
+    n_parts = 0
 
     def get_event(self) -> Any:  # the stubs leave events untyped
         event = super().get_event()  # type: ignore[no-untyped-call]
@@ -41,6 +45,9 @@ class _Loader(yaml.SafeLoader):
         self.levels += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if self.levels >= _MOST_DEEP:
             raise ValueError("nested too deeply")
+        self.n_parts += 1
+        if self.n_parts > _MOST_PARTS:
+            raise ValueError("more values than a config has")
         return event
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
@@ -62,8 +69,8 @@ def read_yaml(data: bytes, what: str) -> Any:
         what: file, for messages.
 
     Raises:
-        FormatError: longer than 64 KiB, not valid, nested too deeply, or with anchors, aliases, tags, a key twice or a
-            number beyond 64 bits.
+        FormatError: longer than 64 KiB, not valid, nested too deeply, with too many values, or with anchors, aliases,
+            tags, a key twice, or a number that is not finite or beyond 64 bits.
     """
     if len(data) > MAX_BYTES:
         raise FormatError(f"{what}: larger than a config may be ({len(data):,} bytes, at most {MAX_BYTES:,})")
@@ -72,7 +79,15 @@ def read_yaml(data: bytes, what: str) -> Any:
         _check(value)
     except _RefusedError as error:
         raise FormatError(f"{what}: {error}; write the values out") from error
-    except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
+    except (
+        yaml.YAMLError,
+        ValueError,
+        LookupError,
+        AttributeError,
+        TypeError,
+        ArithmeticError,
+        RecursionError,
+    ) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())[:300]
         raise FormatError(f"{what}: not valid YAML ({reason})") from error
     return value
@@ -88,3 +103,5 @@ def _check(value: object) -> None:
             _check(inner)
     elif isinstance(value, int) and not -(1 << 63) <= value < 1 << 64:
         raise ValueError("a whole number beyond 64 bits")
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"the number {value} is not finite")

@@ -66,7 +66,7 @@ def test_a_run_is_evaluated_when_it_is_finished_and_finished_before() -> None:
 
     assert next_steps.after(finished) == "proteus-cache eval '/runs/a b' --images DIR"
     assert next_steps.after(finished | {"weights": []}) == (
-        "proteus-cache train --config '/runs/a b/config.yaml' --resume"
+        "proteus-cache train --config '/runs/a b/config.yaml' --resume --out '/runs/a b'"
     )
 
 

@@ -108,6 +108,21 @@ def test_publish_once_lets_a_finished_writer_remove_our_file(tmp_path: Path) -> 
         storage.publish_once(tmp_path / "removed", tmp_path / "other")
 
 
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EPERM])
+def test_what_may_not_be_read_is_to_be_made_readable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def refuse(*_: object) -> int:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "open", refuse)
+
+    with pytest.raises(StorageError, match=r"file: cannot read: [A-Z].*; make it readable for this user$"):
+        storage.read_bytes(tmp_path / "file", 100)
+    with pytest.raises(StorageError, match=r"file: cannot write: [A-Z].*; make it writable for this user"):
+        storage.write_new(tmp_path / "file", b"")
+
+
 @pytest.mark.parametrize(
     ("number", "remedy"),
     [(errno.EROFS, "mounted read-only"), (errno.EACCES, "writable"), (errno.EPERM, "hard links")],

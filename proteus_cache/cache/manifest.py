@@ -8,12 +8,14 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field
 
 from proteus_cache.codecs.record import CodecRecord
-from proteus_cache.documents import Column, Document, Sha256, Text
+from proteus_cache.documents import Column, Document, Notes, Sha256, Text
 from proteus_cache.views.spec import MAX_SIZE_PX
 
 MAX_IMAGES = (1 << 32) - 2
 """An index record has 32 bits for an image's row."""
 MAX_SHARD_SIZE = 1 << 20
+MAX_TARGETS = 256
+"""Of a cache or pack; a teacher of 64 blocks can have 130."""
 _MOST_VALUES = 1 << 24
 """In one view's tokens. The largest real ones (37 x 37 patches of width 1,536) are 2 million."""
 
@@ -108,10 +110,10 @@ class Manifest(Document):
     teacher: TeacherRecord
     images: ImagesRecord
     views: ViewsRecord
-    targets: list[TargetRecord] = Field(min_length=1)
+    targets: Column[TargetRecord] = Field(min_length=1, max_length=MAX_TARGETS)
     shard_size: int = Field(ge=1, le=MAX_SHARD_SIZE)
-    libraries: dict[Text, Text]
-    licences: dict[Text, Text]
+    libraries: Notes
+    licences: Notes
     canary: CanaryRecord | None = None
     """None in caches that were planned before there were canaries."""
 

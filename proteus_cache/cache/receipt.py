@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from proteus_cache.documents import Column, Crc32c, Document, Sha256, Text
+from proteus_cache.documents import Column, Crc32c, Document, Notes, Sha256, Text
 
 Key = Annotated[str, Field(pattern=r"^[a-z0-9_]{1,64}$")]
 """Of a sample."""
@@ -82,5 +82,5 @@ class Receipt(Document):
     moments: dict[Text, Moments]
     widened: dict[Text, int] = Field(default_factory=dict)
     """Target name to the steps of codes that an overflow widened; without those that have none."""
-    made_with: dict[Text, Text]
+    made_with: Notes
     """Versions and device that produced this unit."""

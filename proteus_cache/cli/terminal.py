@@ -127,7 +127,10 @@ def command(again: str | None, *, go_on: tuple[str, ...] | None = None) -> Calla
 
 
 class _Signals:
-    """Inside, SIGINT and SIGTERM raise KeyboardInterrupt, and are remembered."""
+    """Inside, SIGINT and SIGTERM raise KeyboardInterrupt, and are remembered.
+
+    A second one that meets a finaliser, while the first one unwinds the work, prints no stack trace.
+    """
 
     def __init__(self) -> None:
         self._came_at = -math.inf
@@ -139,9 +142,11 @@ class _Signals:
 
     def __enter__(self) -> Self:
         self._previous = {number: signal.signal(number, self._hear) for number in (signal.SIGINT, signal.SIGTERM)}
+        self._print_ignored, sys.unraisablehook = sys.unraisablehook, self._pass_interruption
         return self
 
     def __exit__(self, *_: object) -> None:
+        sys.unraisablehook = self._print_ignored
         for number, handler in self._previous.items():
             if signal.getsignal(number) == self._hear:  # the last words of a command leave SIGINT to the system
                 signal.signal(number, handler)
@@ -149,6 +154,10 @@ class _Signals:
     def _hear(self, number: int, frame: object) -> None:
         self._came_at = time.monotonic()
         raise KeyboardInterrupt
+
+    def _pass_interruption(self, ignored: sys.UnraisableHookArgs) -> None:
+        if not isinstance(ignored.exc_value, KeyboardInterrupt):
+            self._print_ignored(ignored)
 
 
 def _leave_interrupted(again: str | None, go_on: tuple[str, ...] | None) -> NoReturn:

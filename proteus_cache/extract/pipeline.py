@@ -287,8 +287,8 @@ class _Pipeline:
 
     def _fill(self, unit: _OpenUnit, batch: Rendered) -> None:
         """Run the teacher over a batch and start the copy of its codes into the unit's buffer."""
-        self.quarantine.add(batch.quarantined)
         self._check_sources(unit, batch)
+        self.quarantine.add(batch.quarantined)
         unit.quarantined += batch.quarantined
         unit.views += batch.views
         for image in batch.quarantined:

@@ -7,10 +7,10 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from proteus_cache.cache.layout import PROBE, is_view, view_name
-from proteus_cache.cache.manifest import MAX_IMAGES, MAX_SHARD_SIZE, TeacherRecord, TokenShape, ViewsRecord
+from proteus_cache.cache.manifest import MAX_IMAGES, MAX_SHARD_SIZE, MAX_TARGETS, TeacherRecord, TokenShape, ViewsRecord
 from proteus_cache.cache.receipt import FileRecord
 from proteus_cache.codecs.record import CodecRecord
-from proteus_cache.documents import Column, Document, Sha256, Text
+from proteus_cache.documents import Column, Document, Notes, Sha256, Text
 from proteus_cache.tar import END, member_bytes
 
 
@@ -74,7 +74,7 @@ class PackDocument(Document):
     cache: CacheIdentity
     teacher: TeacherRecord
     views: ViewsRecord
-    targets: list[PackTarget] = Field(min_length=1)
+    targets: Column[PackTarget] = Field(min_length=1, max_length=MAX_TARGETS)
     """In the order of their codes."""
     code_bytes: int = Field(ge=1, lt=1 << 30)
     """Of one sample, all targets."""
@@ -85,7 +85,7 @@ class PackDocument(Document):
     """Tars that training never draws from."""
     packed: dict[str, PackView] = Field(min_length=1)
     """View index ("v000", ..., "probe") to its files."""
-    licences: dict[Text, Text]
+    licences: Notes
 
     @property
     def view_names(self) -> list[str]:

@@ -42,7 +42,8 @@ def check_pin(path: Path, found: str, expected: str) -> None:
         ChecksumError: they differ.
     """
     if found != expected:
+        digits = 12 if found[:12] != expected[:12] else 64
         raise ChecksumError(
-            f"{path}: is not the pack that --expect-id names (its pack.json has sha256 {found[:12]}, expected is "
-            f"{expected[:12]}); nothing was started: bring the right pack, or name this one if you trust it"
+            f"{path}: is not the pack that --expect-id names (its pack.json has sha256 {found[:digits]}, expected is "
+            f"{expected[:digits]}); nothing was started: bring the right pack, or name this one if you trust it"
         )

@@ -62,6 +62,8 @@ class PackPlan:
     """Of all tars and indices."""
     bytes_there: int
     free: storage.Free
+    left_out: tuple[str, ...] = ()
+    """View indices of the cache that were begun and are not complete, with their units, for people."""
 
     @property
     def views(self) -> list[str]:
@@ -96,6 +98,7 @@ class PackPlan:
         lines = [
             f"cache     {self.cache.path}",
             f"views     {', '.join(self.views)}: {self.n_units} tars",
+            *([f"left out  {', '.join(self.left_out)}: not complete in the cache"] if self.left_out else []),
             f"targets   {targets}: {human_bytes(self.code_bytes)} codes a view",
         ]
         for step in self.document.steps:
@@ -189,12 +192,14 @@ def plan_pack(
             "pack without --targets and --codec, or without --move"
         )
     finished = _finished_pack(root)
+    left_out: tuple[str, ...] = ()
     basis = _receipts_of(finished) if finished is not None else _moved_from(opened, root)
     if basis is not None:
         _refuse_difference(basis, opened, root, views, wanted)
         recodings = [Recoding(target, _blob(opened, target), None, None) for target in basis.targets]
     else:
         chosen = _chosen_views(opened, views)
+        left_out = _incomplete_views(opened) if views is None else ()
         known = _known_steps(opened, root, chosen[0])
         recodings = plan_recodings(opened, targets, codec, chosen[0], known=known, progress=progress)
         basis = _fresh(opened, chosen, recodings)
@@ -209,6 +214,7 @@ def plan_pack(
         bytes_all=bytes_all,
         bytes_there=bytes_there,
         free=storage.free_space(root),
+        left_out=left_out,
     )
 
 
@@ -248,6 +254,12 @@ def _chosen_views(cache: Cache, views: Sequence[str] | None) -> list[str]:
             f"complete are {', '.join(complete)}"
         )
     return [view for view in complete if view in set(views)]
+
+
+def _incomplete_views(cache: Cache) -> tuple[str, ...]:
+    complete = cache.complete_views()
+    units = {view: (len(cache.units(view)), rows_of_view(cache.manifest, view)[1]) for view in cache.views()}
+    return tuple(f"{view} ({done} of {n} units)" for view, (done, n) in units.items() if view not in complete)
 
 
 def _fresh(cache: Cache, views: list[str], recodings: list[Recoding]) -> PlanDocument:

@@ -160,8 +160,9 @@ class Pack:
             UsageError: a batch is larger than the data, or the pack holds fewer view indices than repeats.
             DamageError: an index that tells which images have no stored view is damaged.
         """
-        starts = np.arange(-(-self.document.n_images // self.document.shard_size)) * self.document.shard_size
         counts = {int(view[1:]): self.counts(view) for view in self.views}
+        n_tars = next((count.size for count in counts.values()), 0)
+        starts = np.arange(n_tars) * self.document.shard_size
         return TrainingOrder(
             counts,
             held_out=self.document.held_out,
@@ -335,7 +336,7 @@ class Pack:
         path = self.layout.index_path(view)
         if storage.size_of(path) is None:
             raise DamageError(f"{path}: missing; {REMEDY}")
-        if storage.sha256_of(path) != (recorded.size, recorded.sha256):
+        if storage.size_of(path) != recorded.size or storage.sha256_of(path)[1] != recorded.sha256:
             raise ChecksumError(f"{path}: is not the index that pack.json names; {REMEDY}")
         self._reader.index(view).check_places([tar.size for tar in self.document.packed[view].tars])
 

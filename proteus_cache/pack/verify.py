@@ -172,7 +172,7 @@ def _damaged_samples(pack: Pack, relative: str, number: int, records: Records | 
     if records is None:
         return ""
     damaged = []
-    data = np.fromfile(pack.path / relative, dtype=np.uint8)
+    data = np.memmap(pack.path / relative, dtype=np.uint8, mode="r")
     for record in records[records["tar"] == number]:
         for name in ("codes", "view", "json"):
             start, size = int(record[f"{name}_offset"]), int(record[f"{name}_size"])

@@ -267,7 +267,7 @@ class ExtractPlan:
         fitting = math.floor(self.free.bytes / (size.bytes_per_view * MARGIN))
         n_done = size.n_stored_views - self.views_todo
         views = (fitting + n_done - size.n_probe) // size.n_images
-        if views >= 1:
+        if views >= 1 and fitting >= size.n_probe:  # the probe is done last
             return f"--views {views} fits"
         if fitting and not self.is_published:
             # Fewer images than the probe has get none by default.

@@ -87,6 +87,7 @@ class _PackRepair:
         self.parameters: dict[str, bytes] = {}
         """Those that were lost, by their SHA-256."""
         self.error: str | None = None
+        self.needs: tuple[str, ...] = ()
         self.cache: Cache | None = self._open(cache) if cache is not None else self._find_cache()
 
     def run(self, units: Sequence[str]) -> RepairReport:
@@ -122,6 +123,7 @@ class _PackRepair:
             actions=self.actions,
             left=left,
             error=self.error,
+            needs=self.needs,
         )
 
     def _settle(self, left: list[Finding]) -> None:
@@ -223,6 +225,7 @@ class _PackRepair:
         if data is None and self.cache is not None:
             data, how = self._fitted(target), "fit it again to the cache's views: it has the recorded digest"
         if data is None:
+            self.needs = ("--cache", "DIR")
             raise _NotTheSameError("its cache is not here (say where with --cache), and no other store has this file")
         self._write(relative, sha256, lambda: iter([data]))
         self.parameters[sha256] = data
@@ -262,6 +265,7 @@ class _PackRepair:
             ProteusCacheError: it is not here, or no longer holds the unit.
         """
         if self.cache is None:
+            self.needs = ("--cache", "DIR")
             raise _NotTheSameError(f"its cache is not below {self.home} (say where it is with --cache)")
         path = self.cache.layout.receipt(view, number)
         if storage.size_of(path) is None:

@@ -20,6 +20,10 @@ from proteus_cache.plan.fitted import fitted_json, fitted_lines
 if TYPE_CHECKING:
     from proteus_cache.pack.document import PackTarget
 
+_STEP_BYTES = 1 << 16
+_EPOCH_BYTES = 8 << 20
+"""What is read of the end of metrics.jsonl for the last line of a step, and of an epoch: some 60,000 steps."""
+_EPOCH_MARK = b'"seen"'
 _TRAIN_AGAIN = "run the same training with --resume: it writes the file anew"
 
 
@@ -204,7 +208,16 @@ def _run_config(path: Path) -> dict[str, Any]:
         raise FormatError(f"{error}; {_TRAIN_AGAIN}") from error
     if not isinstance(config, dict) or not isinstance(config.get("train"), dict):
         raise FormatError(f"{path}: has no section `train:`, so this is no run; {_TRAIN_AGAIN}")
+    if not _has_names(config):
+        raise FormatError(f"{path}: holds a name that is no text; {_TRAIN_AGAIN}")
     return config
+
+
+def _has_names(value: object) -> bool:
+    """Whether all keys of YAML values are texts."""
+    if isinstance(value, dict):
+        return all(isinstance(key, str) for key in value) and all(map(_has_names, value.values()))
+    return not isinstance(value, list) or all(map(_has_names, value))
 
 
 def _last_line(metrics: Path, *, of_epoch: bool) -> dict[str, Any] | None:
@@ -216,21 +229,35 @@ def _last_line(metrics: Path, *, of_epoch: bool) -> dict[str, Any] | None:
     size = storage.size_of(metrics)
     if not size:
         return None
-    with open(metrics, "rb") as file:
-        file.seek(0 if of_epoch else max(0, size - 65536))  # epochs may be far apart
-        lines = [line for line in file.read().split(b"\n")[:-1] if line.startswith(b"{")]
+    start = max(0, size - (_EPOCH_BYTES if of_epoch else _STEP_BYTES))
+    data = storage.read_part(metrics, start, size - start)
+    data = data[data.find(b"\n") + 1 if start else 0 : data.rfind(b"\n") + 1]
+    line = _epoch_line(data) if of_epoch else _step_line(data)
     try:
-        last = next((line for line in reversed(lines) if (b'"seen"' in line) == of_epoch), None)
-        return None if last is None else _metrics(strict_json(last, str(metrics)))
+        return None if line is None else _metrics(strict_json(line, str(metrics)), "seen" if of_epoch else "loss")
     except FormatError as error:
         raise FormatError(f"{metrics}: its last line is damaged; {_TRAIN_AGAIN}") from error
 
 
-def _metrics(line: dict[str, Any]) -> dict[str, Any]:
-    """A line of metrics.jsonl, if its values are numbers."""
-    if not {"step", "epoch"} <= line.keys() or not all(
-        value is None or (isinstance(value, int | float) and not isinstance(value, bool)) for value in line.values()
-    ):
+def _step_line(data: bytes) -> bytes | None:
+    return next(
+        (line for line in reversed(data.split(b"\n")) if line.startswith(b"{") and _EPOCH_MARK not in line), None
+    )
+
+
+def _epoch_line(data: bytes) -> bytes | None:
+    end = len(data)
+    while (place := data.rfind(_EPOCH_MARK, 0, end)) >= 0:
+        end = data.rfind(b"\n", 0, place) + 1
+        if data.startswith(b"{", end):
+            return data[end : data.find(b"\n", place)]
+    return None
+
+
+def _metrics(line: dict[str, Any], loss: str) -> dict[str, Any]:
+    """A line of metrics.jsonl, if its values are numbers and it has a step, an epoch and a loss of this name."""
+    is_line = type(line.get("step")) is int and type(line.get("epoch")) is int and loss in line
+    if not is_line or not all(value is None or type(value) in (int, float) for value in line.values()):
         raise FormatError("not numbers")
     return line
 
@@ -297,6 +324,10 @@ def _describe_fits(targets: dict[str, dict[str, Any]]) -> list[str]:
     return fitted_lines({name: CalibrationReport(**values) for name, values in fitted.items()})
 
 
+def _number(loss: float | None) -> str:
+    return "not finite" if loss is None else f"{loss:.4g}"
+
+
 def _describe_run(summary: dict[str, Any]) -> list[str]:
     train = summary["config"]["train"]
     last = summary["last_step"]
@@ -306,7 +337,7 @@ def _describe_run(summary: dict[str, Any]) -> list[str]:
         f"trained   from {train.get('data')}",
     ]
     if last:
-        lines.append(f"step      {last['step']:,} (epoch {last['epoch']}), loss {last['loss']:.4g}")
+        lines.append(f"step      {last['step']:,} (epoch {last['epoch']}), loss {_number(last['loss'])}")
     if summary["last_epoch"]:
         after = summary["last_epoch"]
         kinds = {kind: after[kind] for kind in ("seen", "probe", "held_out") if after.get(kind) is not None}

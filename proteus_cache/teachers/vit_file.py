@@ -39,6 +39,7 @@ _CHOICES: Mapping[str, tuple[str, ...]] = {
     "act_layer": ("gelu", "gelu_tanh", "quick_gelu", "silu", "relu"),
 }
 _LARGEST = 1 << 16
+_MOST_BLOCKS = 128
 _DEMO_FILE = Path(__file__).with_name("demo.safetensors")
 
 
@@ -148,7 +149,7 @@ def _is_possible(key: str, value: Any) -> bool:  # Any: whatever the JSON held
     if isinstance(value, bool):
         return False
     if key in _COUNTS:
-        return isinstance(value, int) and 1 <= value <= _LARGEST
+        return isinstance(value, int) and 1 <= value <= (_MOST_BLOCKS if key == "depth" else _LARGEST)
     if key in ("num_classes", "reg_tokens"):
         return isinstance(value, int) and 0 <= value <= _LARGEST
     if key == "in_chans":

@@ -34,6 +34,7 @@ _log = logging.getLogger(__name__)
 _PICKLES = (".pth", ".pt", ".bin")
 _NESTED = ("model", "state_dict")
 """Where training checkpoints hold the weights."""
+_MAX_TENSORS = 20_000
 _DIGEST_KEY = "proteus_cache_state_sha256"
 _SAFETENSORS_DTYPE = {
     torch.float32: "F32",
@@ -200,8 +201,11 @@ def _load_safetensors(path: Path, fit: Fit) -> LoadedWeights:
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
-    except (SafetensorError, OSError) as error:
+            names: list[str] = file.keys()
+            if len(names) > _MAX_TENSORS:
+                raise WeightsError(f"{path}: holds {len(names):,} tensors, and no model has so many")
+            return {name: file.get_tensor(name) for name in names}
+    except (SafetensorError, OSError, TypeError, ValueError, RuntimeError) as error:  # also shapes that are none
         raise WeightsError(
             f"{path}: not a readable safetensors file ({_line(error)}); copy or fetch it again"
         ) from error

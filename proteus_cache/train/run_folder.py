@@ -147,7 +147,7 @@ def _step_of(line: bytes) -> float:
     """The step of a log line; infinite when it is damaged, so that it is cut off."""
     try:
         return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return math.inf
 
 

@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from proteus_cache.cache.layout import PROBE, view_index, view_name
 from proteus_cache.cache.manifest import TeacherRecord
 from proteus_cache.codecs.codec import Basis
-from proteus_cache.errors import UsageError
+from proteus_cache.errors import FormatError, UsageError
+from proteus_cache.pack.index import REMEDY
 from proteus_cache.pack.loader import Loader, open_loader
 from proteus_cache.pack.order import Order, SequentialOrder, TrainingOrder
 from proteus_cache.pack.reader import Pack, open_pack
@@ -175,9 +176,12 @@ class StoredData:
             spread = np.linspace(0, trained.size - 1, min(trained.size, SEEN_IMAGES)).astype(np.int64)
             return trained[spread].astype(np.int64)
         # Row p of the probe is the p-th image that is not held out (extract/listing.py).
-        images = np.arange(document.n_images)
-        images = images[~np.isin(images // document.shard_size, document.held_out)]
-        return np.flatnonzero(np.isin(rows, images[self._rows_of(PROBE)])).astype(np.int64)
+        places, size = self._rows_of(PROBE), document.shard_size
+        tars = np.setdiff1d(np.arange(self._pack.counts(view).size), document.held_out)
+        if places.size and not 0 <= int(places.max()) < tars.size * size:
+            raise FormatError(f"{self._pack.path}: its probe has more images than are trained on; {REMEDY}")
+        images = tars[places // size] * size + places % size
+        return np.flatnonzero(np.isin(rows, images)).astype(np.int64)
 
     def _rows_of(self, view: str) -> NDArray[np.int64]:
         """(n_samples,) image rows of a whole view index."""

@@ -10,9 +10,12 @@ Final weights travel alone, so `replace_tensors` writes a digest of the whole fi
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
 import re
+import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -29,6 +32,7 @@ _UNKNOWN = "0" * 64
 _DIGEST_PLACE = re.compile(rb'"file_sha256":"([0-9a-f]{64})"')
 _MAX_HEADER_BYTES = 100_000_000  # the safetensors library reads no longer ones
 _READ_BYTES = 1 << 20
+MAX_TENSORS = 20_000
 _DTYPES = {
     torch.float32: "F32",
     torch.float16: "F16",
@@ -82,6 +86,7 @@ def check_tensors(path: Path) -> None:
         StorageError: it cannot be read.
     """
     digest = hashlib.sha256()
+    _refuse_pipes(path)
     with storage.reported("read", path), open(path, "rb") as file:
         start = file.read(8)
         n_header = int.from_bytes(start, "little")
@@ -104,14 +109,29 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         StorageError: it cannot be read.
     """
     try:
+        _refuse_pipes(path)
         with storage.reported("read", path):
             open(path, "rb").close()  # the library says of whatever it cannot open that it is missing
             with safe_open(path, framework="pt", device="cpu") as file:
                 names: list[str] = file.keys()
+                if len(names) > MAX_TENSORS:
+                    raise FormatError(f"{path}: holds {len(names):,} tensors, and no model has so many")
                 return {name: file.get_tensor(name) for name in names}, dict(file.metadata() or {})
-    except SafetensorError as error:
-        raise FormatError(f"{path}: not a readable safetensors file ({error})") from error
+    except (SafetensorError, TypeError, ValueError, RuntimeError) as error:  # shapes that are none
+        reason = str(error).partition("\n")[0]
+        raise FormatError(f"{path}: not a readable safetensors file ({reason})") from error
     except StorageError as error:
         if isinstance(error.__cause__, FileNotFoundError):
             raise FormatError(f"{path}: missing") from error
         raise
+
+
+def _refuse_pipes(path: Path) -> None:
+    """A pipe would be waited for without end.
+
+    Raises:
+        StorageError: there is no file, or something else has its name.
+    """
+    with storage.reported("read", path):
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file")

@@ -147,14 +147,15 @@ def _is_one_scan(data: bytes | memoryview) -> bool:
 
 
 def _only_pixels(data: bytes | memoryview) -> bool:
-    position, found = 8, []
-    while position + 12 <= len(data):
+    position, kinds = 8, list[bytes]()
+    most = 16 + len(data) // 1024  # encoders fill their chunks
+    while position + 12 <= len(data) and len(kinds) < most:
         length, kind = struct.unpack_from(">I4s", data, position)
         if kind not in (b"IHDR", b"IDAT", b"IEND"):
             return False
-        found.append(kind)
+        kinds.append(kind)
         position += 12 + length
-    return position == len(data) and found.count(b"IEND") == 1
+    return position == len(data) and kinds.count(b"IEND") == 1
 
 
 def digest_pixels(pixels: NDArray[np.uint8]) -> str:

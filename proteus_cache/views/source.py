@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, JpegImagePlugin
 
 from proteus_cache.errors import BadImageError, StorageError
 from proteus_cache.views.encode import DECODER_ERRORS, open_encoded
@@ -33,6 +33,8 @@ MAX_SOURCE_PIXELS = 89_478_485
 MAX_SOURCE_BYTES = 1 << 30
 MAX_HEADER_BYTES = 16 << 20
 """Before the pixels of a JPEG: EXIF, colour profile, comments."""
+MAX_PARTS = 1000
+"""Of what stands before the pixels of a JPEG. A PNG may have one more for each kilobyte."""
 MAX_SCANS = 500
 """Of a progressive JPEG; they have about ten."""
 READ_AGAIN_S = (0.2, 1.0)
@@ -135,21 +137,56 @@ def decode_source(data: bytes, path: Path | str) -> Image.Image:
 
 
 def _check_effort(data: bytes, path: Path | str) -> None:
-    """Refuse JPEGs whose header or scans cost hours: Pillow copies all EXIF again for each further segment of it.
+    """Refuse files whose header or scans cost hours: Pillow goes over it byte by byte where it finds no segment, and
+    copies all EXIF again for each further segment of it.
 
     Raises:
-        BadImageError: too much metadata, or too many scans.
+        BadImageError: too much metadata, in too many parts, or too many scans.
     """
-    if not data.startswith(b"\xff\xd8"):
+    if data.startswith(b"\x89PNG"):
+        n_parts, most_parts = _count_chunks(data), MAX_PARTS + len(data) // 1024
+    elif data.startswith(b"\xff\xd8"):
+        n_scans = data.count(b"\xff\xda", 2)
+        if n_scans > MAX_SCANS:
+            raise BadImageError(f"{path}: {n_scans:,} scans, more than {MAX_SCANS}")
+        n_parts, n_bytes = _measure_header(data)
+        most_parts = MAX_PARTS
+        if n_bytes > MAX_HEADER_BYTES:
+            raise BadImageError(
+                f"{path}: {n_bytes:,} bytes of metadata before its pixels, more than {MAX_HEADER_BYTES:,}"
+            )
+    else:
         return
-    n_scans = data.count(b"\xff\xda", 2)
-    if n_scans > MAX_SCANS:
-        raise BadImageError(f"{path}: {n_scans:,} scans, more than {MAX_SCANS}")
-    position = 2
-    while position + 4 <= len(data) and data[position] == 0xFF and data[position + 1] not in (0xD9, 0xDA, 0xFF):
-        position += 2 + int.from_bytes(data[position + 2 : position + 4], "big")
-    if position > MAX_HEADER_BYTES:
-        raise BadImageError(f"{path}: {position:,} bytes of metadata before its pixels, more than {MAX_HEADER_BYTES:,}")
+    if n_parts > most_parts:
+        raise BadImageError(f"{path}: its metadata are in more than {most_parts:,} parts, or it is damaged")
+
+
+def _measure_header(data: bytes) -> tuple[int, int]:
+    """Parts before the pixels of a JPEG, and their bytes, as Pillow reads them; too many parts are not all counted.
+
+    A part is a segment, or 64 bytes that belong to none.
+    """
+    position, n_parts, n_between = 2, 0, 0
+    while position + 4 <= len(data) and n_parts + n_between // 64 <= MAX_PARTS:
+        marker = data[position : position + 2]
+        if marker == b"\xff\xda":
+            break
+        _, _, handler = JpegImagePlugin.MARKER.get(int.from_bytes(marker, "big"), ("", "", None))
+        if handler is None:  # no marker, or one that stands alone
+            position, n_between = position + 1, n_between + 1
+        else:
+            length = int.from_bytes(data[position + 2 : position + 4], "big")
+            position, n_parts = position + 2 + max(2, length), n_parts + 1
+    return n_parts + n_between // 64, position
+
+
+def _count_chunks(data: bytes) -> int:
+    """Chunks of a PNG."""
+    position, n_chunks = 8, 0
+    while position + 12 <= len(data):
+        position += 12 + int.from_bytes(data[position : position + 4], "big")
+        n_chunks += 1
+    return n_chunks
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -278,6 +278,32 @@ def test_an_interruption_that_an_import_swallowed_is_still_one(capsys: pytest.Ca
     assert capsys.readouterr().err == "proteus-cache: interrupted; go on\n"
 
 
+def test_a_second_signal_in_a_finaliser_prints_no_stack_trace(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "unraisablehook", sys.__unraisablehook__)  # not pytest's, which keeps it for later
+
+    class Readers:
+        def __del__(self) -> None:  # as a loader that waits for its processes
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(5)
+
+    @terminal.command("go on")
+    def interrupted_twice() -> None:
+        readers = Readers()
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(5)
+        finally:
+            del readers
+
+    with pytest.raises(typer.Exit) as leaving:
+        interrupted_twice()
+
+    assert leaving.value.exit_code == 1
+    assert capsys.readouterr().err == "proteus-cache: interrupted; go on\n"
+
+
 def test_the_command_to_go_on_with_is_quoted_and_whole(capsys: pytest.CaptureFixture[str]) -> None:
     @terminal.command("checkpoints are kept; to go on", go_on=("--resume",))
     def train() -> None:

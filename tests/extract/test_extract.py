@@ -497,18 +497,22 @@ def test_fit_codec_names_are_checked() -> None:
         fit_codec("int9", torch.zeros(1, 2, 3))
 
 
-def test_an_image_that_went_bad_or_was_mended_between_its_views_stops_the_run(tmp_path: Path) -> None:
+def test_an_image_that_went_bad_or_was_mended_between_its_views_stops_the_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     config = make_config(tmp_path, 8, views=1)
     images = sorted((tmp_path / "images").rglob("*.JPEG"))
     good = images[3].read_bytes()
     images[6].write_bytes(b"no image")
     run_extract(config)
 
+    caplog.clear()
     images[3].write_bytes(b"no image either")
     with pytest.raises(
         ProteusCacheError, match=rf"{images[3].name}: changed since its first view was made \(it is a bad"
     ):
         run_extract(make_config(tmp_path, views=2))
+    assert not any("quarantined" in line and images[3].name in line for line in caplog.messages)
     images[3].write_bytes(good)
     images[6].write_bytes(good)
     with pytest.raises(

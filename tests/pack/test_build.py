@@ -48,6 +48,20 @@ def contents(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
+def test_a_view_index_that_lacks_a_unit_is_said_to_be_left_out(cache: Cache, tmp_path: Path) -> None:
+    cache.layout.receipt("v001", 2).unlink()
+    cache = open_cache(cache.path)
+
+    by_itself, asked_for = (
+        plan_pack(cache.path, tmp_path / "pack"),
+        plan_pack(cache.path, tmp_path / "p", views=["v000"]),
+    )
+
+    assert by_itself.views == ["v000", "probe"]
+    assert by_itself.lines()[2] == "left out  v001 (2 of 3 units): not complete in the cache"
+    assert not any(line.startswith("left out") for line in asked_for.lines())
+
+
 def test_a_pack_holds_the_samples_of_the_cache(finished: Cache, packed: Path) -> None:
     pack = open_pack(packed)
 

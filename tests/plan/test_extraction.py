@@ -1,5 +1,6 @@
 """Sizes of caches: by hand, and against what is on disk."""
 
+import math
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -176,6 +177,18 @@ def test_what_is_said_to_fit_fits(free_bytes: int, n_probe: int) -> None:
 
 def test_a_published_cache_cannot_lose_images() -> None:
     assert "nothing fits" in plan(imagenet(), 10_000_000_000, is_published=True).what_fits("--limit")
+
+
+def test_where_the_probe_is_missing_a_view_index_that_is_done_does_not_fit_without_it() -> None:
+    size = imagenet(n_probe=4096)
+    begun = replace(plan(size, 0, is_published=True), views_todo=size.n_stored_views - size.n_images - 10_000)
+
+    def said(n_views: int) -> str:
+        free = Free(math.ceil(n_views * size.bytes_per_view * 1.05), None)
+        return replace(begun, free=free).what_fits("--limit")
+
+    assert "nothing fits" in said(4000)
+    assert said(4096) == "--views 1 fits"
 
 
 def test_folders_count_as_inodes() -> None:

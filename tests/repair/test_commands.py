@@ -126,6 +126,20 @@ def test_a_whole_unit_of_a_pack_that_cannot_be_made_again_ends_with_1(whole: Sto
     assert outcome.stdout.splitlines()[-2] == f"pack {stores.pack}: 1 not done; whole"
 
 
+def test_a_pack_whose_cache_is_not_here_names_the_repair_that_is_told_where(whole: Stores, stores: Stores) -> None:
+    elsewhere = stores.cache.rename(stores.cache.parent.parent / "else where")
+    flip(stores.pack / "v000/s00001.tar")
+
+    alone = run("repair", stores.pack, code=1)
+    again = run("repair", stores.pack, "--fast", "--unit", "v000/s00001", "--dry-run", "--json", code=1)
+    together = run(*[str(elsewhere) if word == "DIR" else word for word in next_step(alone)])
+
+    assert next_step(alone) == ["repair", str(stores.pack), "--cache", "DIR"]
+    assert json.loads(again.stdout)["next"].endswith("--dry-run --json --cache DIR")
+    assert together.stdout.splitlines()[-2] == f"pack {stores.pack}: 1 done; whole"
+    assert tree(stores.pack) == tree(whole.pack)
+
+
 def test_a_pack_finds_its_cache_by_itself(whole: Stores, stores: Stores) -> None:
     flip(stores.pack / "v000/s00001.tar")
 

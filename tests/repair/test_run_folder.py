@@ -159,7 +159,8 @@ def test_a_lost_file_of_a_finished_run_is_missed(tmp_path: Path, name: str, read
     assert (finding.path, finding.problem.partition(" ")[0]) == (name, "missing")
     assert f"proteus-cache train --config {run / 'config.yaml'} --resume" in finding.remedy
     outcome = run_command("verify", run, "--json", *["--read-data"] * read_data, code=1)
-    assert json.loads(outcome.stdout)["next"] == f"proteus-cache train --config {run / 'config.yaml'} --resume"
+    resume = f"proteus-cache train --config {run / 'config.yaml'} --resume --out {run}"
+    assert json.loads(outcome.stdout)["next"] == resume
 
 
 def test_final_weights_of_another_name_are_not_taken_for_these(tmp_path: Path) -> None:
@@ -182,7 +183,8 @@ def test_findings_of_a_run_name_a_file_once_and_a_command_that_mends(tmp_path: P
         "checkpoints/step-00000004: ema.safetensors: not the file that was written (its digest differs)",
         f"    run `proteus-cache repair {run}`, which removes it; --resume falls back to the checkpoint before it",
         "heads.safetensors: damaged (SHA-256 differs from finished.json)",
-        f"    run `proteus-cache train --config {run / 'config.yaml'} --resume`, which writes the final weights anew",
+        f"    run `proteus-cache train --config {run / 'config.yaml'} --resume --out {run}`, which writes the final "
+        "weights anew",
     ]
 
 

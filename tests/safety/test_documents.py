@@ -6,15 +6,23 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from proteus_cache.documents import MAX_DOCUMENT_BYTES, parse_sealed, seal
+from proteus_cache.pack.index import RECORD, index_header, seal_records
 from proteus_cache.pack.plan import PlanDocument
+from proteus_cache.pack.reader import open_pack
 from proteus_cache.pack.unit import PackedUnit
+from proteus_cache.train.config import config_from_mapping
+from proteus_cache.train.stored import open_stored
+from tests.pack.synthetic import write_pack
 from tests.safety import readers
 from tests.safety.guarded import Attack, check, run_guarded
-from tests.safety.stores import Document, copied, files_of, with_files
+from tests.safety.stores import Document, copied, files_of, reseal, with_files
 
 N_DOCUMENTS = 60
 """Hostile documents, at least."""
@@ -60,6 +68,11 @@ _LARGE: dict[str, Forgery] = {
     "a million numbers": _with(b'"x":[' + b"1," * 999_999 + b"1]"),
     "millions of lists": _with(b'"x":[' + b"[]," * 3_000_000 + b"[]]"),
     "a million keys": _with(b'"x":{' + b",".join(b'"%d":1' % number for number in range(1_000_000)) + b"}"),
+    "30 MB of closing brackets": _with(b'"x":1' + b"]" * (30 << 20)),
+    "30 MB of quotes": _with(b'"x":' + b'"' * (30 << 20)),
+    "30 MB of short texts": _with(b'"x":' + b'"a"' * (10 << 20)),
+    "130,000 lists": _with(b'"x":[' + b"[]," * 130_000 + b"[]]"),
+    "an exponent of 30 MB": _with(b'"x":1e' + b"9" * (30 << 20)),
     "100,000 unknown keys": _with(b",".join(b'"k%d":1' % number for number in range(100_000))),
 }
 _ANYWHERE: dict[str, Forgery] = {
@@ -133,6 +146,13 @@ _MANIFEST: dict[str, Forgery] = {
     "a shard of -1": _set("shard_size", to=-1),
     "views of a million pixels": _set("views", "size_px", to=1_000_000),
     "codes of 2^62 bytes": _set("targets", 0, "codec", "code_bytes", to=_HUGE),
+    "100,000 empty targets": _set("targets", to=[{}] * 100_000),
+    "a million numbers for targets": _set("targets", to=[1] * 1_000_000),
+    "1,000 targets": _edit(lambda d: d.update(targets=[d["targets"][1] | {"name": f"block.{n}"} for n in range(1000)])),
+    "the same target 5,000 times": _edit(lambda document: document.update(targets=[document["targets"][1]] * 5_000)),
+    "12,000 long notes": _set("libraries", to={f"k{number}": "x" * 2000 for number in range(12_000)}),
+    "a negative row of the array": _set("targets", 1, "codec", "array_shape", to=[-5]),
+    "an empty row of the array": _set("targets", 1, "codec", "array_shape", to=[0]),
     "a target upwards": _set("targets", 0, "name", to="../../etc"),
     "an absolute target": _set("targets", 0, "name", to="/etc/passwd"),
     "a target with digits of another script": _set("targets", 0, "name", to="block.\u0663"),
@@ -194,6 +214,7 @@ _PACK: dict[str, Forgery] = {
     "codes before the start": _set("targets", 1, "offset", to=-4),
     "codes of 2^62 bytes": _set("targets", 1, "codec", "code_bytes", to=_HUGE),
     "the same target twice": _set("targets", 1, "name", to="cls"),
+    "100,000 empty targets": _set("targets", to=[{}] * 100_000),
     "a target upwards": _set("targets", 0, "name", to="../x"),
     "a codec of pickles": _set("targets", 0, "codec", "name", to="pickle"),
     "a view index upwards": _renamed("packed", old="v000", new="../v000"),
@@ -292,6 +313,62 @@ def test_hostile_documents_of_a_pack_are_refused(honest_pack: Path, tmp_path: Pa
     check(outcomes[: len(documents)])
     # Some lies hurt none but who checks everything: `info` says what pack.json says.
     check(outcomes[len(documents) :], may_pass=lambda one: True)
+
+
+def test_what_a_pack_says_of_its_images_costs_training_nothing(tmp_path: Path) -> None:
+    honest = write_pack(tmp_path / "honest", n_images=4, shard_size=2, views=("v000", "probe"), side_px=16)
+    config = config_from_mapping({"student": "vit_demo", "data": str(honest), "out": "out", "batch_size": 2})
+
+    def train(root: Path) -> None:
+        data = open_stored(replace(config, data=root), tmp_path)
+        data.order.batch(0)
+        assert set(data.evaluation_orders) == {"seen", "probe"}
+
+    def rows_at_the_end(root: Path) -> None:
+        data = (root / "probe.idx").read_bytes()
+        records = np.frombuffer(data, dtype=RECORD, offset=64).copy()
+        records["row"] = np.arange(2**32 - 1 - len(records), 2**32 - 1)
+        _with_index(root, "probe", data[:64] + seal_records(records).tobytes())
+
+    def four_billion_images(root: Path) -> None:
+        tar = {"n_samples": 0, "receipt": _SHA, "sha256": _SHA, "size": 1024}
+
+        def change(document: Document) -> None:
+            document.update(n_images=2**32 - 2, shard_size=1 << 20)
+            tars = document["packed"]["v000"]["tars"]
+            tars += [tar] * (4096 - len(tars))
+
+        reseal(root / "pack.json", change)
+        pack = open_pack(root)
+        header = index_header(0, pack.document.packed["v000"].n_samples, 4096, pack.code_bytes)
+        _with_index(root, "v000", header + (root / "v000.idx").read_bytes()[64:])
+
+    def only_the_probe(root: Path) -> None:
+        def change(document: Document) -> None:
+            document.update(n_images=2**32 - 2, shard_size=4)
+            del document["packed"]["v000"], document["cache"]["view_ids"]["v000"]
+
+        reseal(root / "pack.json", change)
+
+    def a_terabyte_of_index(root: Path) -> None:
+        os.truncate(root / "v000.idx", 1 << 40)
+
+    attacks = []
+    for change in (rows_at_the_end, four_billion_images, only_the_probe, a_terabyte_of_index):
+        root = copied(honest, tmp_path / change.__name__)
+        change(root)
+        attacks.append(Attack(change.__name__, lambda root=root: train(root)))  # type: ignore[misc]
+
+    outcomes = run_guarded(tmp_path, attacks, lambda: train(honest))
+
+    check(outcomes, may_pass=lambda one: one.name == "four_billion_images")
+
+
+def _with_index(root: Path, view: str, data: bytes) -> None:
+    """Put another index into a pack, which pack.json says is right."""
+    (root / f"{view}.idx").write_bytes(data)
+    record = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    reseal(root / "pack.json", lambda document: document["packed"][view].update(index=record))
 
 
 def test_hostile_documents_of_a_sample_are_refused(honest_pack: Path, tmp_path: Path) -> None:

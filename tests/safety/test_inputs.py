@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
+import os
 import struct
 import zlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,15 +21,22 @@ from PIL import Image
 from safetensors.torch import load, save
 
 from proteus_cache.cache.image_list import parse_images
+from proteus_cache.cache.manifest import Manifest
 from proteus_cache.cache.reader import open_cache
 from proteus_cache.codecs import fit_codec, load_codec
 from proteus_cache.documents import seal
 from proteus_cache.errors import FormatError
-from proteus_cache.report.summary import summarise
+from proteus_cache.report.summary import describe, summarise
+from proteus_cache.teachers.registry import load_teacher
+from proteus_cache.teachers.weights import read_state
+from proteus_cache.text import printable
+from proteus_cache.train.tensors import check_tensors, read_tensors
 from proteus_cache.views.encode import decode_view, encode_view
+from proteus_cache.views.source import decode_source
 from proteus_cache.yaml_text import read_yaml
 from tests.cli.running import run
-from tests.safety.guarded import Attack, check, run_guarded
+from tests.makers import make_teacher
+from tests.safety.guarded import CASE_CPU_S, Attack, check, run_guarded
 
 _SIDE = 32
 _PIXELS = np.random.default_rng(0).integers(0, 256, (_SIDE, _SIDE, 3), dtype=np.uint8)
@@ -75,6 +85,7 @@ def test_hostile_views_are_refused_before_their_pixels_are_made(tmp_path: Path) 
         "a PNG without header": _png((b"IDAT", zeros), end),
         "a PNG with damaged pixels": _png(_ihdr(_SIDE, _SIDE), (b"IDAT", b"x" * 100), end),
         "a PNG of many parts": _png(_ihdr(_SIDE, _SIDE), *[(b"IDAT", b"")] * 30_000, end),
+        "a PNG of a million parts": _png(_ihdr(_SIDE, _SIDE), *[(b"IDAT", b"")] * 1_000_000, end),
         "a JPEG of 65,535 x 65,535": _resized(jpeg, 65_535, 65_535),
         "a JPEG of no height": _resized(jpeg, 0, _SIDE),
         "a JPEG of 10,000 scans": jpeg[:-2] + scan * 10_000 + jpeg[-2:],
@@ -130,6 +141,20 @@ def test_hostile_image_lists_are_refused(honest_cache: Path, tmp_path: Path) -> 
 
     n = len(table)
     paths = table["path"].to_pylist()
+
+    def same_rows(count: int, path: str) -> tuple[bytes, Manifest]:
+        """Rows that a dictionary makes small, and a manifest that asks for as many."""
+        rows = np.zeros(count, dtype=np.int32)
+        columns = {
+            "key": pa.DictionaryArray.from_arrays(pa.array(rows), ["k"]),
+            "path": pa.DictionaryArray.from_arrays(pa.array(rows), [path]),
+            "label": pa.array(rows),
+            "probe": pa.array(rows != 0),
+        }
+        data = written(pa.table(columns), compression="zstd", store_schema=False)
+        images = cache.manifest.images.model_copy(update={"n_images": count, "n_probe": 0})
+        return data, cache.manifest.model_copy(update={"images": images})
+
     bomb = pa.table(
         {name: pa.array([None if name == "label" else values] * 0) for name, values in {"key": "k"}.items()}
     )
@@ -154,9 +179,56 @@ def test_hostile_image_lists_are_refused(honest_cache: Path, tmp_path: Path) -> 
         "a column less": written(table.drop(["probe"])),
         "other columns": written(bomb),
         "a path of 100 MB": replaced("path", ["x" * (100 << 20), *paths[1:]]),
+        "a path of 300 MB in a page that its footer makes small": _made_small(
+            written(
+                table.set_column(1, "path", pa.array(["x" * (300 << 20), *paths[1:]])),
+                compression="zstd",
+                write_statistics=False,
+            )
+        ),
+        "an encoding that repeats texts": written(
+            table, use_dictionary=False, column_encoding={"path": "DELTA_BYTE_ARRAY"}
+        ),
+        "metadata of 20 MB": written(table.replace_schema_metadata({"x": "y" * (20 << 20)})),
     }
 
     _attack_all(cases, lambda data: parse_images(data, cache.manifest, "images.parquet"), honest, tmp_path)
+
+    (tmp_path / "claims").mkdir()
+    sent = {"20 million equal rows": same_rows(20_000_000, "p"), "long paths": same_rows(100_000, "p" * 8000)}
+    padded = same_rows(100_000, "p" * 8000)
+    sent["long paths in a file of an honest size"] = (_with_gap(padded[0], 1 << 20), padded[1])
+    attacks = [Attack(name, partial(parse_images, *one, "images.parquet")) for name, one in sent.items()]
+    check(run_guarded(tmp_path / "claims", attacks, lambda: parse_images(honest, cache.manifest, "images.parquet")))
+
+
+def _made_small(data: bytes) -> bytes:
+    """A Parquet file whose footer says of each column and row group that it unpacks to little."""
+    metadata = pq.ParquetFile(io.BytesIO(data)).metadata
+    groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+    chunks = [group.column(number) for group in groups for number in range(group.num_columns)]
+    sizes = {*(chunk.total_uncompressed_size for chunk in chunks), *(group.total_byte_size for group in groups)}
+    large = [size for size in sizes if size > 1 << 20]
+    footer = data[-8 - int.from_bytes(data[-8:-4], "little") : -8]
+    assert large
+    changed = footer
+    for size in large:
+        number = _varint(2 * size)
+        assert number in changed
+        changed = changed.replace(number, _varint(64, length=len(number)))
+    return data[: -8 - len(footer)] + changed + data[-8:]
+
+
+def _varint(value: int, length: int = 0) -> bytes:
+    """As Thrift writes it, or longer."""
+    digits = [value >> place & 127 for place in range(0, max(7 * length, value.bit_length()), 7)]
+    return bytes([*(digit | 128 for digit in digits[:-1]), digits[-1]])
+
+
+def _with_gap(data: bytes, size: int) -> bytes:
+    """A Parquet file with zeros between its columns and its footer."""
+    at = len(data) - 8 - int.from_bytes(data[-8:-4], "little")
+    return data[:at] + bytes(size) + data[at:]
 
 
 def test_hostile_parameters_are_refused(tmp_path: Path) -> None:
@@ -218,6 +290,15 @@ _YAML = {
     "a date that is none": "train: {seed: 2020-99-99}\n",
     "a key that is a list": "? [a]\n: x\n",
     "too long": "train: {}\n" + "#" * (1 << 20),
+    "a number in base 60 beyond a float": "train: {lr: " + "1:" * 300 + "1.0}\n",
+    "a number in base 60": "train: {seed: 1" + ":1" * 30_000 + "}\n",
+    "a character beyond Unicode": 'train: {student: "\\UFFFFFFFF"}\n',
+    "no number": "train: {lr: .nan}\n",
+    "an endless number": "train: {lr: -.inf}\n",
+    "30,000 blanks": "train:\n" + "-\n" * 30_000,
+    "20,000 lists": "train: [" + "[]," * 20_000 + "]\n",
+    "20,000 maps": "train: [" + "{}," * 20_000 + "]\n",
+    "20,000 pairs": "train: [" + ":," * 20_000 + "]\n",
     "many keys": "".join(f"k{n}: [\n" for n in range(8_000)),
     "not UTF-8": "train: \udcff\n",
     "a control character": "train: \x01\n",
@@ -250,10 +331,129 @@ def test_every_yaml_of_a_run_or_a_command_is_read_so(tmp_path: Path) -> None:
 
 def test_the_last_line_of_a_sent_run_is_numbers_or_refused(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("train: {student: x}\n")
-    for line in (b'{"step":"\\u001b[2J","epoch":0,"loss":1}', b"{" * 60_000, b'{"step":NaN,"epoch":0}', b'{"loss":1}'):
+    for line in (
+        b'{"step":"\\u001b[2J","epoch":0,"loss":1}',
+        b"{" * 60_000,
+        b'{"step":NaN,"epoch":0}',
+        b'{"loss":1}',
+        b'{"step":1,"epoch":0}',
+        b'{"step":null,"epoch":0,"loss":1}',
+        b'{"step":1e308,"epoch":0,"loss":1}',
+        b'{"step":1,"epoch":null,"seen":1}',
+        b'{"step":1,"epoch":true,"seen":1}',
+    ):
         (tmp_path / "metrics.jsonl").write_bytes(line + b"\n")
         with pytest.raises(FormatError, match="its last line is damaged"):
             summarise(tmp_path)
+
+
+def test_runs_that_are_sent_are_described_or_refused_soon(tmp_path: Path) -> None:
+    def sparse(path: Path) -> None:
+        path.touch()
+        os.truncate(path, 1 << 40)
+
+    def tell(root: Path) -> None:
+        summary = summarise(root)
+        json.dumps(summary, sort_keys=True, allow_nan=False, default=str)
+        assert all(map(printable, describe(summary)))
+
+    config = b"train: {student: x}\n"
+    makers: dict[str, Callable[[Path], object]] = {
+        "a name of 60 kB": lambda run: (run / "config.yaml").write_bytes(b"train: {student: " + b"a" * 60_000 + b"}\n"),
+        "20,000 addresses": lambda run: (run / "config.yaml").write_bytes(
+            b'train: {data: "' + b"a:/" * 20_000 + b'"}\n'
+        ),
+        "keys that are dates": lambda run: (run / "config.yaml").write_bytes(b"train: {2020-01-01: x, 1: y, a: z}\n"),
+        "a terabyte of metrics": lambda run: sparse(run / "metrics.jsonl"),
+        "60 MB of empty lines": lambda run: (run / "metrics.jsonl").write_bytes(b"\n" * (60 << 20)),
+        "30 MB of marks": lambda run: (run / "metrics.jsonl").write_bytes(b'"seen"\n' * (4 << 20)),
+        "one line of 60 MB": lambda run: (run / "metrics.jsonl").write_bytes(b"{" * (60 << 20)),
+        "metrics as a pipe": lambda run: os.mkfifo(run / "metrics.jsonl"),
+        "metrics as a folder": lambda run: (run / "metrics.jsonl").mkdir(),
+    }
+    attacks = []
+    for number, (name, make) in enumerate({"nothing": lambda run: None, **makers}.items()):
+        run_folder = tmp_path / f"run{number}"
+        run_folder.mkdir()
+        (run_folder / "config.yaml").write_bytes(config)
+        make(run_folder)
+        attacks.append(Attack(name, lambda root=run_folder: tell(root)))  # type: ignore[misc]
+
+    check(run_guarded(tmp_path, attacks, attacks[0].run), may_pass=lambda one: True)
+
+
+def test_the_last_lines_of_a_run_are_found_however_far_apart(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("train: {student: x}\n")
+    steps = [json.dumps({"step": step, "epoch": 1, "loss": 0.5}) for step in range(2, 5_000)]
+    epoch = json.dumps({"step": 1, "epoch": 0, "seen": 0.25})
+    (tmp_path / "metrics.jsonl").write_text("\n".join([epoch, *steps, '{"step": 5000, "cut']))
+
+    summary = summarise(tmp_path)
+
+    assert summary["last_step"]["step"] == 4_999
+    assert summary["last_epoch"] == {"step": 1, "epoch": 0, "seen": 0.25}
+
+
+def test_weights_of_a_run_that_cannot_be_are_refused(tmp_path: Path) -> None:
+    def file(header: object, body: bytes = b"") -> bytes:
+        text = json.dumps(header).encode()
+        return len(text).to_bytes(8, "little") + text + body
+
+    described = {
+        "timm_vision_transformer": json.dumps(
+            {"img_size": 32, "patch_size": 16, "embed_dim": 8, "depth": 3000, "num_heads": 2}
+        ),
+        "pixel_mean": "[0.5,0.5,0.5]",
+        "pixel_std": "[0.5,0.5,0.5]",
+    }
+    cases = {
+        "a shape of 2^63": file({"a": {"dtype": "F32", "shape": [0, 1 << 63], "data_offsets": [0, 0]}}),
+        "100,000 tensors": file(
+            {f"t{number}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for number in range(100_000)}
+        ),
+        "3,000 blocks": save({f"blocks.{number}.x": torch.zeros(1) for number in range(3000)}, described),
+    }
+    ways: tuple[Callable[[Path], object], ...] = (read_tensors, check_tensors, read_state, _as_teacher)
+    attacks = []
+    for name, data in cases.items():
+        path = tmp_path / f"{name.replace(' ', '_')}.safetensors"
+        path.write_bytes(data)
+        attacks += [Attack(f"{name}: {way.__name__}", lambda path=path, way=way: way(path)) for way in ways]  # type: ignore[misc]
+    pipe = tmp_path / "pipe.safetensors"
+    os.mkfifo(pipe)
+    attacks += [Attack(f"a pipe: {way.__name__}", lambda way=way: way(pipe)) for way in ways]  # type: ignore[misc]
+    honest = make_teacher(tmp_path / "honest.safetensors")
+
+    outcomes = run_guarded(tmp_path, attacks, lambda: [way(honest) for way in (read_tensors, read_state, _as_teacher)])
+
+    plain = ("3,000 blocks: read_tensors", "3,000 blocks: read_state")
+    # A wrong file of weights has an error of its own kind.
+    assert all("ProteusCacheError" in one.kinds for one in outcomes if one.name not in plain), outcomes
+    assert all(not one.forbidden and one.cpu_s < CASE_CPU_S for one in outcomes), outcomes
+
+
+def _as_teacher(path: Path) -> None:
+    load_teacher("vit", weights=str(path), home=path.parent, size_px=None)
+
+
+def test_sources_that_cost_hours_are_bad_images(tmp_path: Path) -> None:
+    jpeg, end = encode_view(_PIXELS, "jpeg"), (b"IEND", b"")
+    start, rest = jpeg[:2], jpeg[2:]
+    rows = zlib.compress(b"".join(b"\0" + row.tobytes() for row in _PIXELS))
+    cases = {
+        "fill bytes": start + b"\xff" * (30 << 20) + rest,
+        "bytes between segments": start + b"\xff\xfe\0\2" + bytes(30 << 20) + rest,
+        "segments of length 0": start + b"\xff\xfe\0\0" * (4 << 20) + rest,
+        "a million comments": start + b"\xff\xfe\0\2" * 1_000_000 + rest,
+        "20,000 EXIF": start + (b"\xff\xe1\3\x20Exif\0\0" + bytes(792)) * 20_000 + rest,
+        "a million chunks": _png(_ihdr(_SIDE, _SIDE), *[(b"aaAa", b"")] * 1_000_000, (b"IDAT", rows), end),
+    }
+    attacks = [Attack(name, lambda data=data: decode_source(data, "x")) for name, data in cases.items()]  # type: ignore[misc]
+
+    outcomes = run_guarded(tmp_path, attacks, lambda: decode_source(jpeg, "x"))
+
+    assert [(one.name, one.error) for one in outcomes] == [(name, "BadImageError") for name in cases]
+    assert all(one.cpu_s < CASE_CPU_S for one in outcomes), outcomes
 
 
 def test_an_honest_document_of_the_largest_kind_is_read() -> None:

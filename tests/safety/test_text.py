@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from proteus_cache.errors import FormatError
 from proteus_cache.pack.reader import open_pack
 from proteus_cache.text import printable
 from tests.cli.running import run
+from tests.safety.guarded import CASE_CPU_S
 from tests.safety.stores import copied, reseal
 
 _EVIL = "a\x1b[2J\x1b]0;t\x07\r\nid        spoofed\u202egnp.exe\u2028\x9b31m\x00\x7f"
@@ -92,3 +94,15 @@ def test_an_error_is_plain_however_it_is_shown() -> None:
 
     assert str(error).isprintable()
     assert f"{error}" == str(error)
+
+
+@pytest.mark.parametrize(
+    "part", ["a", "a.", "a:/", "a://", "a:///x@", "a:/?", "a:/x?y ", ")a:/?", "hf_", "Bearer a", "basic A1"]
+)
+def test_a_long_text_costs_no_more_than_its_length(part: str) -> None:
+    text = part * ((1 << 19) // len(part))
+    began = time.process_time()
+
+    printable(text)
+
+    assert time.process_time() - began < CASE_CPU_S

@@ -29,7 +29,10 @@ def after(summary: Mapping[str, Any]) -> str | None:
     if kind == "run":
         return after_training(summary)
     if kind == "cache" and summary["cache_id"] is None:
-        return f"the same `proteus-cache extract` again: no view index of {summary['path']} is complete yet"
+        return (
+            f"the same `proteus-cache extract` again: no view index of {summary['path']} is complete here (or, where "
+            "`pack --move` was stopped, that again)"
+        )
     return train_on(summary)
 
 

@@ -22,7 +22,7 @@ from proteus_cache.errors import ChecksumError, DamageError, StorageError
 from proteus_cache.views.encode import decode_view, digest_pixels
 
 IMAGES = "images.parquet"
-GO_ON = "run the same `proteus-cache extract` again, or wait for the one that is under way"
+GO_ON = "run the same `proteus-cache extract` again (or `pack --move`, where that was stopped), or wait for it to end"
 """What to do about units without a receipt."""
 
 

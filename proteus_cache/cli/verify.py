@@ -170,7 +170,8 @@ def _lines(
     lines = [line for f in findings for line in (f"{f.path}: {f.problem}", f"    {f.remedy}")]
     lines += computed.lines() if computed is not None else []
     missing = incomplete.items()
-    lines += [f"{view}: {n:,} of {n_all:,} units; the others are lost or not extracted" for view, (n, n_all) in missing]
+    where = "not extracted, lost, or moved into a pack"
+    lines += [f"{view}: {n:,} of {n_all:,} units; the others are {where}" for view, (n, n_all) in missing]
     count = f"{len(findings):,} finding{'s' * (len(findings) != 1)}"
     state = "what is there is whole" if incomplete else "whole"
     return [*lines, f"{kind} {path}: {count if findings else f'{state}; checked {depth}'}"]
@@ -190,7 +191,7 @@ def _next_step(
     from proteus_cache.report.summary import summarise
     from proteus_cache.stores import repair_command
 
-    same_extract = f"the same `proteus-cache extract` again, for units of {', '.join(incomplete)}"
+    same_extract = f"the same `proteus-cache extract` again, for units of {', '.join(incomplete)} that no pack has"
     if kind == "run" and findings:
         from proteus_cache.train.verify import next_command
 

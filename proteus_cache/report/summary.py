@@ -282,7 +282,7 @@ def _describe_cache(summary: dict[str, Any]) -> list[str]:
     entries = summary["views"] | ({PROBE: summary["probe"]} if summary["probe"] else {})
     for view, entry in entries.items():
         lines.append(f"{view:<9} {entry['views']:,} views, {entry['units']} of {entry['units_all']} units")
-    return lines if entries else [*lines, "views     none extracted yet"]
+    return lines if entries else [*lines, "views     none here: not extracted yet, or moved into a pack"]
 
 
 def _describe_pack(summary: dict[str, Any]) -> list[str]:

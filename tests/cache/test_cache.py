@@ -177,9 +177,9 @@ def test_a_unit_that_is_gone_altogether_is_said_and_is_no_damage(cache: Cache) -
     said = json.loads(outcome.stdout)
     assert said["is_whole"] is True
     assert said["incomplete"] == {"probe": {"units": 0, "units_all": 1}, "v001": {"units": 2, "units_all": 3}}
-    assert said["next"] == "the same `proteus-cache extract` again, for units of probe, v001"
+    assert said["next"] == "the same `proteus-cache extract` again, for units of probe, v001 that no pack has"
     lines = run("verify", cache.path, "--read-data").stdout.splitlines()
-    assert "v001: 2 of 3 units; the others are lost or not extracted" in lines
+    assert "v001: 2 of 3 units; the others are not extracted, lost, or moved into a pack" in lines
     assert any(line.startswith(f"cache {cache.path}: what is there is whole; checked") for line in lines)
     assert incomplete_views(open_cache(cache.path)) == {"probe": (0, 1), "v001": (2, 3)}
 
@@ -193,7 +193,7 @@ def test_files_of_a_unit_that_was_cut_off_are_not_called_foreign(cache: Cache) -
     for finding in said["findings"]:
         assert finding["problem"] == "its unit has no receipt: cut off, under way, or lost"
         assert finding["remedy"].startswith("run the same `proteus-cache extract` again")
-    assert said["next"] == "the same `proteus-cache extract` again, for units of v001"
+    assert said["next"] == "the same `proteus-cache extract` again, for units of v001 that no pack has"
 
 
 @pytest.mark.parametrize("read_data", [True, False])

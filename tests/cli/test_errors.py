@@ -18,6 +18,7 @@ import yaml
 from PIL import Image
 from safetensors.torch import save_file
 
+from proteus_cache.next_steps import command_line
 from tests.cli.running import extract_arguments, run, train_arguments
 from tests.makers import make_images, make_teacher
 
@@ -305,9 +306,9 @@ def test_an_unfinished_run_names_the_command_that_finishes_it(folder: Path, tmp_
 
     message = said(run("eval", tmp_path / "my run", "--images", folder / "images", code=2))
 
-    config = tmp_path / "my run" / "config.yaml"
-    assert message.endswith(f"finish the run first: proteus-cache train --config '{config}' --resume")
-    again = run("train", "--config", config, "--resume")
+    command = ["train", "--config", tmp_path / "my run" / "config.yaml", "--resume", "--out", tmp_path / "my run"]
+    assert message.endswith(f"finish the run first: {command_line(*command)}")
+    again = run(*command)
     assert "wrote student.safetensors" in again.stdout
 
 

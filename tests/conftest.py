@@ -11,10 +11,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 # Inherited by every process that a test starts.
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
+
+# The same examples in every run, and no speed asserted: machines that run tests are shared.
+settings.register_profile("proteus-cache", deadline=None, derandomize=True)
+settings.load_profile("proteus-cache")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

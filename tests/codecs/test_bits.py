@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from proteus_cache.codecs.bits import pack, packed_bytes, unpack
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(bits=st.integers(1, 8), n=st.integers(1, 70), batch=st.integers(1, 3), seed=st.integers(0, 2**31))
 def test_integers_come_back(bits: int, n: int, batch: int, seed: int) -> None:
     levels = torch.randint(0, 1 << bits, (batch, n), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)

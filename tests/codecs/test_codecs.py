@@ -73,7 +73,7 @@ def test_an_outlier_costs_its_own_token_only() -> None:
     assert abs(after[3, 5, 7] + 500) < 500 / 127
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.integers(0, 2**32), st.floats(1e-6, 1e6), st.floats(-1e4, 1e4))
 def test_int8_never_clips(seed: int, spread: float, centre: float) -> None:
     codec = Int8Codec.fit(_tokens(0, 4, n_tokens=8, width=6))

@@ -131,7 +131,7 @@ def _naive(
     return float(top1), float(top5)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     n_train=st.integers(1, 40),
     n_test=st.integers(0, 12),

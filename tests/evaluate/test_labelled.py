@@ -27,7 +27,7 @@ def _asked(labels: list[int], seed: int, prefix: str = "image") -> list[bool]:
     return [bool(asked) for asked in rows_to_ask(keys, np.array(labels, dtype=np.int64), seed)]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(counts=st.lists(st.integers(1, 40), min_size=1, max_size=6), seed=st.integers(0, 2**40))
 def test_a_split_asks_a_fifth_of_each_class_and_keeps_one_to_train(counts: list[int], seed: int) -> None:
     labels = [label for label, count in enumerate(counts) for _ in range(count)]

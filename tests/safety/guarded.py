@@ -7,6 +7,7 @@ attack imports must therefore have been imported before: `warm_up` does the same
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import resource
@@ -116,6 +117,8 @@ def run_guarded(folder: Path, attacks: Iterable[Attack], warm_up: Callable[[], o
 
 def _outcomes(folder: Path, attacks: list[Attack], warm_up: Callable[[], object]) -> Iterator[Outcome]:
     warm_up()
+    gc.collect()
+    gc.freeze()  # collections go over what an attack makes, not over all that pytest and torch hold
     os.chdir(folder)
     watch = _Watch(folder)
     sys.addaudithook(watch)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import mmap
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -139,23 +138,23 @@ def _check_tar(pack: Pack, view: str, number: int, records: Records) -> None:
     """Members, index and documents of one tar agree; raises DamageError with the first that does not."""
     path = pack.path / tar_name(view, number)
     extension = "jpg" if pack.view_spec.view_format == "jpeg" else "png"
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as data:
-        members = list(tar.members(file, len(data), str(path), 3 * len(records)))
+    # Not mapped into memory: a disk that fails there ends the process instead of raising an error.
+    with storage.reported("read", path), open(path, "rb") as file:
+        members = list(tar.members(file, os.fstat(file.fileno()).st_size, str(path), 3 * len(records)))
         if len(members) != 3 * len(records) or len(records) != pack.document.packed[view].tars[number].n_samples:
             raise DamageError(f"{path}: holds {len(members)} members for {len(records)} index records")
         for place, record in enumerate(records):
             sample = members[3 * place : 3 * place + 3]
             if [m.extension for m in sample] != ["codes", extension, "json"] or len({m.key for m in sample}) != 1:
                 raise DamageError(f"{path}: the members of record {place} are not one sample")
-            for member, name in zip(sample, ("codes", "view", "json"), strict=True):
-                content = np.frombuffer(data, dtype=np.uint8, count=member.size, offset=member.offset)
+            contents = [os.pread(file.fileno(), member.size, member.offset) for member in sample]
+            for member, content, name in zip(sample, contents, ("codes", "view", "json"), strict=True):
                 found = member.offset, member.size, google_crc32c.value(content)
-                del content
                 if found != tuple(int(record[f"{name}_{field}"]) for field in ("offset", "size", "crc32c")):
                     raise DamageError(f"{path}: {member.name} is not what the index says")
             _, view_member, json_member = sample
-            document = parse_sealed(data[json_member.offset : json_member.offset + json_member.size], json_member.name)
-            pixels = decode_view(data[view_member.offset : view_member.offset + view_member.size], pack.side_px)
+            document = parse_sealed(contents[2], json_member.name)
+            pixels = decode_view(contents[1], pack.side_px)
             label = None if record["label"] == NO_LABEL else int(record["label"])
             stated = [document.get(field) for field in ("key", "view", "label")]
             if stated != [view_member.key, view, label]:
@@ -172,11 +171,11 @@ def _damaged_samples(pack: Pack, relative: str, number: int, records: Records | 
     if records is None:
         return ""
     damaged = []
-    data = np.memmap(pack.path / relative, dtype=np.uint8, mode="r")
     for record in records[records["tar"] == number]:
         for name in ("codes", "view", "json"):
             start, size = int(record[f"{name}_offset"]), int(record[f"{name}_size"])
-            if google_crc32c.value(data[start : start + size]) != int(record[f"{name}_crc32c"]):
+            content = storage.read_part(pack.path / relative, start, size)
+            if google_crc32c.value(content) != int(record[f"{name}_crc32c"]):
                 damaged.append(f"{name} of image row {int(record['row'])}")
     return (
         f": {', '.join(damaged[:5])}" + (f" and {len(damaged) - 5} more" if len(damaged) > 5 else "") if damaged else ""

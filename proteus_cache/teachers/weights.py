@@ -34,7 +34,8 @@ _log = logging.getLogger(__name__)
 _PICKLES = (".pth", ".pt", ".bin")
 _NESTED = ("model", "state_dict")
 """Where training checkpoints hold the weights."""
-_MAX_TENSORS = 20_000
+MAX_TENSORS = 20_000
+"""Of a file; no model has so many."""
 _DIGEST_KEY = "proteus_cache_state_sha256"
 _SAFETENSORS_DTYPE = {
     torch.float32: "F32",
@@ -202,7 +203,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         with safe_open(path, framework="pt") as file:
             names: list[str] = file.keys()
-            if len(names) > _MAX_TENSORS:
+            if len(names) > MAX_TENSORS:
                 raise WeightsError(f"{path}: holds {len(names):,} tensors, and no model has so many")
             return {name: file.get_tensor(name) for name in names}
     except (SafetensorError, OSError, TypeError, ValueError, RuntimeError) as error:  # also shapes that are none

@@ -10,12 +10,9 @@ Final weights travel alone, so `replace_tensors` writes a digest of the whole fi
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
-import os
 import re
-import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -26,13 +23,13 @@ from torch import Tensor
 
 from proteus_cache import storage
 from proteus_cache.errors import ChecksumError, FormatError, StorageError
+from proteus_cache.teachers.weights import MAX_TENSORS
 
 FILE_DIGEST = "file_sha256"
 _UNKNOWN = "0" * 64
 _DIGEST_PLACE = re.compile(rb'"file_sha256":"([0-9a-f]{64})"')
 _MAX_HEADER_BYTES = 100_000_000  # the safetensors library reads no longer ones
 _READ_BYTES = 1 << 20
-MAX_TENSORS = 20_000
 _DTYPES = {
     torch.float32: "F32",
     torch.float16: "F16",
@@ -86,10 +83,10 @@ def check_tensors(path: Path) -> None:
         StorageError: it cannot be read.
     """
     digest = hashlib.sha256()
-    _refuse_pipes(path)
+    start = storage.read_part(path, 0, 8)
+    n_header = int.from_bytes(start, "little")
     with storage.reported("read", path), open(path, "rb") as file:
-        start = file.read(8)
-        n_header = int.from_bytes(start, "little")
+        file.seek(8)
         header = file.read(n_header) if n_header <= _MAX_HEADER_BYTES else b""
         found = _DIGEST_PLACE.search(header)
         if found is None or len(header) != n_header:
@@ -109,14 +106,12 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         StorageError: it cannot be read.
     """
     try:
-        _refuse_pipes(path)
-        with storage.reported("read", path):
-            open(path, "rb").close()  # the library says of whatever it cannot open that it is missing
-            with safe_open(path, framework="pt", device="cpu") as file:
-                names: list[str] = file.keys()
-                if len(names) > MAX_TENSORS:
-                    raise FormatError(f"{path}: holds {len(names):,} tensors, and no model has so many")
-                return {name: file.get_tensor(name) for name in names}, dict(file.metadata() or {})
+        storage.read_part(path, 0, 1)  # the library calls missing whatever it cannot open, and waits at a pipe
+        with storage.reported("read", path), safe_open(path, framework="pt", device="cpu") as file:
+            names: list[str] = file.keys()
+            if len(names) > MAX_TENSORS:
+                raise FormatError(f"{path}: holds {len(names):,} tensors, and no model has so many")
+            return {name: file.get_tensor(name) for name in names}, dict(file.metadata() or {})
     except (SafetensorError, TypeError, ValueError, RuntimeError) as error:  # shapes that are none
         reason = str(error).partition("\n")[0]
         raise FormatError(f"{path}: not a readable safetensors file ({reason})") from error
@@ -124,14 +119,3 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         if isinstance(error.__cause__, FileNotFoundError):
             raise FormatError(f"{path}: missing") from error
         raise
-
-
-def _refuse_pipes(path: Path) -> None:
-    """A pipe would be waited for without end.
-
-    Raises:
-        StorageError: there is no file, or something else has its name.
-    """
-    with storage.reported("read", path):
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            raise OSError(errno.EINVAL, "not a regular file")

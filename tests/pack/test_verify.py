@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +54,21 @@ def test_the_damaged_samples_are_named(pack_copy: Pack) -> None:
     assert finding.unit == "v000/s00001"
     assert finding.problem.endswith("codes of image row 3")
     assert verify_pack(pack_copy.path) == []
+
+
+def test_a_disk_that_fails_on_the_way_is_a_finding_and_not_the_end(
+    whole_pack: Pack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> bytes:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "pread", fail)
+
+    findings = verify_pack(whole_pack.path, read_data=True)
+
+    tars = {path.relative_to(whole_pack.path).as_posix() for path in whole_pack.path.rglob("*.tar")}
+    assert {finding.path for finding in findings} == tars != set()
+    assert all("cannot read: Input/output error" in finding.problem for finding in findings)
 
 
 def test_missing_cut_and_foreign_files_are_found_without_reading(pack_copy: Pack) -> None:

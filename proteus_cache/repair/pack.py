@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import mmap
+import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, partial
 from pathlib import Path
@@ -297,10 +297,12 @@ class _PackRepair:
         if storage.size_of(path) != packed.size or storage.sha256_of(path)[1] != packed.sha256:
             raise FormatError(f"{path}: is damaged or missing, and the index is read off the tars")
         found = []
-        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as data:
-            members = list(tar.members(file, len(data), str(path), 3 * packed.n_samples))
+        with storage.reported("read", path), open(path, "rb") as file:
+            members = list(tar.members(file, packed.size, str(path), 3 * packed.n_samples))
             for place in range(0, len(members), 3):
-                codes, encoded, json = (data[m.offset : m.offset + m.size] for m in members[place : place + 3])
+                codes, encoded, json = (
+                    os.pread(file.fileno(), member.size, member.offset) for member in members[place : place + 3]
+                )
                 document = parse_sealed(json, members[place + 2].name)
                 label, key = document.get("label"), members[place].key
                 found.append((key, label if isinstance(label, int) else None, codes, encoded, json))
